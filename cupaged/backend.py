@@ -1,0 +1,116 @@
+"""Which backend serves a call; the one room that knows both."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cupaged import cuda, reference
+from cupaged.errors import BackendUnavailableError
+from cupaged.schedule import Schedule
+from cupaged.spec import HOST_MODEL, DeviceModel
+
+Backend = Literal["auto", "reference", "cuda"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "cuda")
+
+#: Frameworks that, once imported, suggest that the arrays to come live on a GPU.
+_GPU_FRAMEWORKS = ("cupy", "torch", "jax", "numba.cuda")
+
+
+def current_place(backend: Backend) -> tuple[int | None, int]:
+    """The CUDA device to plan for where no array says which, None for the host, and its stream.
+
+    With `backend="auto"` that is the current device where a framework that uses GPUs is at work,
+    since host index arrays are the usual way to plan for one.
+
+    Raises
+    ------
+    BackendUnavailableError
+        `backend="cuda"` without CuPy, NVRTC or a GPU.
+    """
+    if backend == "reference":
+        return None, 0
+    if backend == "auto" and not any(name in sys.modules for name in _GPU_FRAMEWORKS):
+        return None, 0
+    try:
+        return cuda.current_place()
+    except BackendUnavailableError:
+        if backend == "cuda":
+            raise
+        return None, 0
+
+
+def device_model(device: int | None) -> DeviceModel:
+    """The machine to balance a schedule for."""
+    return HOST_MODEL if device is None else cuda.device_model(device)
+
+
+class Plan:
+    """A schedule and its page table, on the host and on every device that has run it.
+
+    Parameters
+    ----------
+    schedule : Schedule
+    page_indices : int32 [paged_kv_indptr[-1]]
+    highest_page : int
+        The highest page number, -1 where there is none.
+    workspace : cupy.ndarray, optional
+        The caller's bytes for partial states.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        page_indices: npt.NDArray[np.int32],
+        highest_page: int,
+        workspace: Any | None,
+    ) -> None:
+        self.schedule = schedule
+        self.page_indices = page_indices
+        self.highest_page = highest_page
+        self._workspace = workspace
+        self._on_device: dict[int, cuda.DevicePlan] = {}
+
+    def on_device(self, device: int) -> cuda.DevicePlan:
+        """The plan on CUDA device `device`, the current one; uploaded the first time."""
+        found = self._on_device.get(device)
+        if found is None:
+            found = cuda.DevicePlan(self.schedule, self.page_indices, device, self._workspace)
+            self._on_device[device] = found
+        return found
+
+    def run(
+        self,
+        device: int | None,
+        tensors: tuple[Any, Any, Any, Any, Any | None],
+        factors: tuple[float, float, float],
+    ) -> None:
+        """Compute attention where the tensors live.
+
+        Parameters
+        ----------
+        device : int or None
+            CUDA device, the current one; None for the host.
+        tensors : tuple
+            q, k, v, out and lse, as `reference.run` takes them.
+        factors : tuple of float
+            What multiplies `q·k` in base 2, the output, and the base-2 LSE.
+        """
+        if device is None:
+            reference.run(self.schedule, self.page_indices, *tensors, *factors)
+        else:
+            cuda.run(self.on_device(device), *tensors, factors)
+
+
+def on(device: int | None, stream: int) -> AbstractContextManager[Any]:
+    """Make a device and a raw stream of it the current ones; nothing for the host."""
+    return nullcontext() if device is None else cuda.on(device, stream)
+
+
+def workspace_bytes(schedule: Schedule) -> int:
+    """Bytes that a schedule's partial states take on a device."""
+    return cuda.workspace_bytes(schedule)

@@ -1,0 +1,222 @@
+"""Kernel configurations compiled with NVRTC, kept in a cache on disk, loaded through CuPy."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cupaged import heuristics, source
+from cupaged.errors import BackendUnavailableError
+from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, KernelConfig
+
+KERNEL_NAME = "cupaged_prefill"
+
+#: The oldest NVRTC whose C++17 and sm_90a the sources were compiled with.
+MIN_NVRTC = (12, 0)
+
+_OPTIONS = ("-std=c++17", "-lineinfo")
+_HASH_CHARS = 32
+
+_locks: defaultdict[tuple[KernelConfig, int], threading.Lock] = defaultdict(threading.Lock)
+_loaded: dict[tuple[KernelConfig, int], Any] = {}
+
+
+def configurations(arch: int) -> Iterator[KernelConfig]:
+    """Every kernel configuration that a GPU of compute capability `arch` may be asked to run."""
+    for dtype in SERVED_DTYPES:
+        for head_dim in SERVED_HEAD_DIMS:
+            for shape in heuristics.SHAPES:
+                for aligned in (True, False):
+                    yield heuristics.kernel_config(arch, dtype, head_dim, aligned, shape)
+
+
+def target(arch: int) -> str:
+    """NVRTC's name for compute capability `arch` (major * 10 + minor)."""
+    return "sm_90a" if arch == 90 else f"sm_{arch}"
+
+
+@lru_cache(maxsize=1)
+def nvrtc() -> Any:
+    """CuPy's binding of NVRTC.
+
+    Raises
+    ------
+    BackendUnavailableError
+        CuPy or NVRTC is missing, or NVRTC is too old.
+    """
+    try:
+        from cupy.cuda import nvrtc as binding
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"the CUDA backend needs CuPy ({error}): pip install 'cupaged[cuda12]' for a driver of "
+            "CUDA 12, 'cupaged[cuda13]' for CUDA 13; or pass host arrays to use the reference "
+            "backend"
+        ) from error
+    try:
+        version = binding.getVersion()
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackendUnavailableError(
+            f"the CUDA backend needs NVRTC, which CuPy can't load ({reason}): "
+            "pip install nvidia-cuda-nvrtc-cu12 for cupy-cuda12x, nvidia-cuda-nvrtc for cupy-cuda13x"
+        ) from error
+    if version < MIN_NVRTC:
+        raise BackendUnavailableError(
+            f"NVRTC is {_dotted(version)}, expected at least {_dotted(MIN_NVRTC)}: "
+            "pip install --upgrade nvidia-cuda-nvrtc-cu12"
+        )
+    return binding
+
+
+def compile_cubin(config: KernelConfig, arch: int, extra: tuple[str, ...] = ()) -> tuple[bytes, str]:
+    """Compile one configuration. Needs NVRTC, but neither a GPU nor a driver.
+
+    Parameters
+    ----------
+    config : KernelConfig
+    arch : int
+        Compute capability, major * 10 + minor.
+    extra : tuple of str
+        More options, e.g. for reports.
+
+    Returns
+    -------
+    cubin : bytes
+    log : str
+        What the compiler said.
+
+    Raises
+    ------
+    BackendUnavailableError
+        NVRTC is missing, too old, or doesn't know `arch`.
+    """
+    binding = nvrtc()
+    if arch not in binding.getSupportedArchs():
+        raise BackendUnavailableError(
+            f"NVRTC {_dotted(binding.getVersion())} can't compile for compute capability "
+            f"{arch // 10}.{arch % 10}: install a newer nvidia-cuda-nvrtc wheel"
+        )
+    program = binding.createProgram(source.render(config), f"{config.name}.cu", [], [])
+    try:
+        binding.compileProgram(program, [f"-arch={target(arch)}", *_OPTIONS, *extra])
+        # CuPy's binding takes the last byte for a string's end and drops it (seen in 14.2): with it
+        # the ELF's last header is cut short. A zero too many does no harm.
+        return binding.getCUBIN(program) + b"\0", binding.getProgramLog(program)
+    except binding.NVRTCError as error:
+        log = binding.getProgramLog(program)
+        raise RuntimeError(f"NVRTC refused {config.name} for {target(arch)}:\n{log}") from error
+    finally:
+        binding.destroyProgram(program)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: `CUPAGED_CACHE_DIR`, or the user's cache folder."""
+    chosen = os.environ.get("CUPAGED_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "cupaged"
+
+
+def _private_folder() -> Path:
+    """The cache folder, made and found to be the user's alone; else a new one for this process."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "getuid"):
+            status = folder.stat()
+            # Another user who can write here could hand this one any code to run.
+            if status.st_uid != os.getuid() or status.st_mode & 0o022:
+                return _process_folder()
+        return folder if os.access(folder, os.W_OK | os.X_OK) else _process_folder()
+    except OSError:
+        return _process_folder()
+
+
+@lru_cache(maxsize=1)
+def _process_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="cupaged-"))
+
+
+def _key(config: KernelConfig, arch: int) -> str:
+    """Changes with anything that could change the compiled kernel."""
+    parts = (source.render(config), target(arch), *_OPTIONS, _dotted(nvrtc().getVersion()))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_HASH_CHARS]
+
+
+def _digest(cubin: bytes) -> str:
+    return hashlib.sha256(cubin).hexdigest()[:_HASH_CHARS]
+
+
+def find_cached(config: KernelConfig, arch: int) -> Path | None:
+    """The cached cubin of a configuration, verified; None where there is none.
+
+    An entry's name holds the key of its source and the digest of its content, so that one that
+    was damaged doesn't match its name, and is no entry.
+    """
+    for path in _private_folder().glob(f"{config.name}-{_key(config, arch)}-*.cubin"):
+        try:
+            if path.stem.endswith(f"-{_digest(path.read_bytes())}"):
+                return path
+        except OSError:
+            continue
+    return None
+
+
+def _store(config: KernelConfig, arch: int, cubin: bytes) -> Path:
+    """Write a cubin under its final name in one step, whoever else is writing it."""
+    folder = _private_folder()
+    path = folder / f"{config.name}-{_key(config, arch)}-{_digest(cubin)}.cubin"
+    descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(cubin)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def cubin_path(config: KernelConfig, arch: int) -> Path:
+    """The compiled kernel on disk: found in the cache, or compiled and stored there."""
+    found = find_cached(config, arch)
+    return found if found is not None else _store(config, arch, compile_cubin(config, arch)[0])
+
+
+def load(config: KernelConfig, arch: int, device: int) -> Any:
+    """The kernel as a `cupy.RawKernel`, loaded on CUDA device `device`, the current one.
+
+    Compiled at most once, however many threads ask for it at the same time.
+    """
+    key = (config, device)
+    kernel = _loaded.get(key)
+    if kernel is None:
+        with _locks[key]:
+            kernel = _loaded.get(key)
+            if kernel is None:
+                kernel = _loaded[key] = _load(config, arch)
+    return kernel
+
+
+def _load(config: KernelConfig, arch: int) -> Any:
+    import cupy
+
+    module = cupy.RawModule(path=str(cubin_path(config, arch)))
+    kernel = module.get_function(KERNEL_NAME)
+    kernel.max_dynamic_shared_size_bytes = config.shared_bytes
+    return kernel
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,220 @@
+"""What an attention call is: frozen dataclasses and the tables of dtypes.
+
+Nothing here computes; every other room reads these types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+KVLayout = Literal["NHD", "HND"]
+
+#: name of a tensor dtype → NumPy dtype
+DTYPES: dict[str, np.dtype] = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+
+#: what the kernels of this release compute in
+SERVED_DTYPES = ("float16", "bfloat16")
+SERVED_HEAD_DIMS = (64, 128, 256)
+
+#: A request's place in the arrays, as both backends read it.
+REQUEST_DTYPE = np.dtype(
+    [
+        ("qo_begin", np.int32),  # first row of q: qo_indptr[r]
+        ("qo_len", np.int32),
+        ("kv_len", np.int32),
+        ("page_begin", np.int32),  # first entry of the page table: paged_kv_indptr[r]
+    ]
+)
+
+#: A work item: one query tile of one request, against one range of its keys, for every KV head.
+#:
+#: Rows are *packed*: row ``i * gqa_group_size + g`` is query ``i`` under the ``g``-th query head
+#: of the KV head's group, so that one tile of K and V serves the whole group.
+ITEM_DTYPE = np.dtype(
+    [
+        ("request", np.int32),
+        ("row_begin", np.int32),  # first packed row of the tile; it holds cta_tile_q of them
+        ("kv_begin", np.int32),  # first key, inclusive
+        ("kv_end", np.int32),  # last key, exclusive; equal to kv_begin where no row sees a key
+        ("split", np.int32),  # which of the tile's splits this is
+        ("num_splits", np.int32),  # 1: the item writes its result; more: a partial state
+        ("first_partial", np.int32),  # partial-state slot of split 0; the others follow it
+        ("merge", np.int32),  # which counter tells the tile's last split that it is the last
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What `plan()` fixes about an attention call, apart from the lengths.
+
+    Attributes
+    ----------
+    num_qo_heads, num_kv_heads : int
+        Query heads and key/value heads; the first is a multiple of the second.
+    head_dim : int
+        Elements of a query, key and value head.
+    page_size : int
+        Tokens of a page.
+    causal : bool
+        Row `i` sees keys up to `kv_len - qo_len + i`.
+    sm_scale : float
+        What multiplies `q·k`.
+    dtype : str
+        Of q, K, V and the output.
+    kv_layout : str
+        "NHD" or "HND".
+    """
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    causal: bool
+    sm_scale: float
+    dtype: str
+    kv_layout: KVLayout
+
+    @property
+    def gqa_group_size(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_qo_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """One kernel as it is compiled: everything that is a constant in its source.
+
+    Attributes
+    ----------
+    family : str
+        Stem of the source in `kernels_cu`.
+    dtype : str
+        Of q, K, V and the output.
+    head_dim : int
+    cta_tile_q, cta_tile_kv : int
+        Packed query rows and keys that a thread block holds at a time.
+    warps_q, warps_kv : int
+        How its warps divide the tile: over rows, or over keys (then their states are merged).
+    num_stages : int
+        KV tiles in shared memory, one of them being worked on.
+    ctas_per_sm : int
+        Thread blocks that share an SM; bounds the registers.
+    page_aligned : bool
+        The page size is a multiple of `ROWS_PER_PAGE_LOOKUP`, so that a warp's share of a KV
+        tile lies within one page.
+    """
+
+    family: str
+    dtype: str
+    head_dim: int
+    cta_tile_q: int
+    cta_tile_kv: int
+    warps_q: int
+    warps_kv: int
+    num_stages: int
+    ctas_per_sm: int
+    page_aligned: bool
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps_q * self.warps_kv
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block: the Q tile, then the K and V stages."""
+        row_bytes = self.head_dim * DTYPES[self.dtype].itemsize
+        return (self.cta_tile_q + 2 * self.num_stages * self.cta_tile_kv) * row_bytes
+
+    @property
+    def name(self) -> str:
+        """A readable name, unique among configurations."""
+        pages = "page16n" if self.page_aligned else "pageany"
+        return (
+            f"{self.family}_{self.dtype}_d{self.head_dim}_q{self.cta_tile_q}"
+            f"_kv{self.cta_tile_kv}_w{self.warps_q}x{self.warps_kv}_s{self.num_stages}_{pages}"
+        )
+
+
+#: Rows of a KV tile that one page lookup serves where pages allow it. A page size that is a
+#: multiple of it makes every such group of rows lie within one page.
+ROWS_PER_PAGE_LOOKUP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceModel:
+    """What the planner needs to know of the machine that will run the plan.
+
+    Attributes
+    ----------
+    num_sms : int
+        Streaming multiprocessors.
+    arch : int
+        Compute capability, major * 10 + minor.
+    """
+
+    num_sms: int
+    arch: int
+
+
+#: What host arrays are planned for: an H200, so that the reference backend walks the very
+#: schedule a GPU would.
+HOST_MODEL = DeviceModel(num_sms=132, arch=90)
+
+#: What a kernel is launched with; `kernels_cu/params.cuh` says what each field means.
+PARAMS_DTYPE = np.dtype(
+    [(pointer, np.uint64) for pointer in ("q", "k", "v", "out", "lse")]
+    + [
+        (f"{tensor}_stride_{axis}", np.int64)
+        for tensor, axes in (
+            ("q", ("row", "head")),
+            ("k", ("page", "token", "head")),
+            ("v", ("page", "token", "head")),
+            ("out", ("row", "head")),
+            ("lse", ("row", "head")),
+        )
+        for axis in axes
+    ]
+    + [
+        (pointer, np.uint64)
+        for pointer in (
+            "requests",
+            "items",
+            "page_indices",
+            "partial_out",
+            "partial_lse",
+            "merge_counters",
+            "work_counters",
+        )
+    ]
+    + [
+        (number, np.int32)
+        for number in ("num_items", "num_kv_heads", "gqa_group_size", "page_size", "causal")
+    ]
+    + [
+        (divisor, np.uint32)
+        for divisor in ("group_magic", "group_shift", "page_magic", "page_shift")
+    ]
+    + [(factor, np.float32) for factor in ("logit_scale", "v_scale", "lse_scale")],
+    align=True,
+)
+
+#: The device structs and the NumPy dtypes that mirror them.
+DEVICE_STRUCTS = {"Request": REQUEST_DTYPE, "Item": ITEM_DTYPE, "Params": PARAMS_DTYPE}
+
+
+def field_offset(dtype: np.dtype, field: str) -> int:
+    """Bytes before a field of a structured dtype."""
+    assert dtype.fields is not None
+    return int(dtype.fields[field][1])

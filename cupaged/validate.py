@@ -1,0 +1,329 @@
+"""Every check of `plan()`'s arguments, and how each one is worded.
+
+Checks are vectorised; the offender is looked for only once something is known to be wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cupaged.errors import CupagedWarning
+from cupaged.schedule import Lengths
+from cupaged.spec import DTYPES, SERVED_DTYPES, SERVED_HEAD_DIMS, AttentionSpec, KVLayout
+
+HostIndex = npt.NDArray[Any]
+
+_POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
+#: Packed rows are counted in int32, up to the end of the last tile.
+_MAX_PACKED_ROWS = 2**31 - 256
+
+
+def positive_int(value: object, name: str) -> int:
+    """`value` as an int of at least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is {_what(value)}, expected an int")
+    if value < 1:
+        raise ValueError(f"{name} = {value}, expected at least 1")
+    return int(value)
+
+
+def flag(value: object, name: str) -> bool:
+    """`value` as a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {_what(value)}, expected a bool")
+    return bool(value)
+
+
+def scale(value: object, name: str) -> float:
+    """`value`, a number or an array of one element, as a finite float."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {_what(value)}, expected a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} = {number}, expected a finite number")
+    return number
+
+
+def choice(value: object, name: str, choices: tuple[str, ...]) -> str:
+    """`value` as one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return str(value)
+
+
+def unserved(arguments: dict[str, tuple[object, object]], call: str) -> None:
+    """Refuse arguments that no backend serves: each a value and the default that is off.
+
+    Raises
+    ------
+    NotImplementedError
+        Names the argument.
+    """
+    for name, (value, off) in arguments.items():
+        if value is off or (isinstance(value, int | float | str) and value == off):
+            continue
+        raise NotImplementedError(f"{call}: {name}={_short(value)} is not served by any backend")
+
+
+def attention_spec(
+    num_qo_heads: object,
+    num_kv_heads: object,
+    head_dim_qk: object,
+    head_dim_vo: object,
+    page_size: object,
+    causal: object,
+    sm_scale: object,
+    dtypes: tuple[str, str, str],
+    kv_layout: KVLayout,
+) -> AttentionSpec:
+    """Check what an attention call is, apart from its lengths.
+
+    `dtypes` names those of q, of K and V, and of the output.
+    """
+    qo_heads = positive_int(num_qo_heads, "num_qo_heads")
+    kv_heads = positive_int(num_kv_heads, "num_kv_heads")
+    head_dim = positive_int(head_dim_qk, "head_dim_qk")
+    head_dim_out = head_dim if head_dim_vo is None else positive_int(head_dim_vo, "head_dim_vo")
+    if qo_heads % kv_heads:
+        raise ValueError(
+            f"num_qo_heads = {qo_heads}, expected a multiple of num_kv_heads = {kv_heads}"
+        )
+    if head_dim not in SERVED_HEAD_DIMS:
+        raise NotImplementedError(f"head_dim_qk = {head_dim}, served are {_listed(SERVED_HEAD_DIMS)}")
+    if head_dim_out != head_dim:
+        raise NotImplementedError(
+            f"head_dim_vo = {head_dim_out} differs from head_dim_qk = {head_dim}, "
+            "which no backend serves"
+        )
+    q_dtype, kv_dtype, o_dtype = dtypes
+    if q_dtype not in SERVED_DTYPES:
+        raise NotImplementedError(f"q_data_type = {q_dtype}, served are {_listed(SERVED_DTYPES)}")
+    for name, dtype in (("kv_data_type", kv_dtype), ("o_data_type", o_dtype)):
+        if dtype != q_dtype:
+            raise NotImplementedError(
+                f"{name} = {dtype} differs from q_data_type = {q_dtype}, which no backend serves"
+            )
+    return AttentionSpec(
+        num_qo_heads=qo_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=positive_int(page_size, "page_size"),
+        causal=flag(causal, "causal"),
+        sm_scale=1 / math.sqrt(head_dim) if sm_scale is None else scale(sm_scale, "sm_scale"),
+        dtype=q_dtype,
+        kv_layout=kv_layout,
+    )
+
+
+def pos_encoding_mode(value: object) -> None:
+    """Refuse unknown modes, and the known ones that aren't served."""
+    mode = choice(value, "pos_encoding_mode", _POS_ENCODING_MODES)
+    unserved({"pos_encoding_mode": (mode, "NONE")}, "plan()")
+
+
+def _indptr(indptr: HostIndex, name: str) -> tuple[HostIndex, HostIndex]:
+    """An indptr array's values and differences, as int64."""
+    if indptr.ndim != 1 or len(indptr) == 0:
+        raise ValueError(f"{name} has shape {indptr.shape}, expected (batch + 1,)")
+    if indptr[0] != 0:
+        raise ValueError(f"{name}[0] = {indptr[0]}, expected 0")
+    values = indptr.astype(np.int64)
+    counts = values[1:] - values[:-1]
+    if len(counts) and counts.min() < 0:
+        r = int((counts < 0).argmax())
+        raise ValueError(
+            f"{name}[{r + 1}] = {values[r + 1]} (end of request {r}), "
+            f"expected at least {values[r]} = {name}[{r}]"
+        )
+    return values, counts
+
+
+def lengths(
+    qo_indptr: HostIndex,
+    paged_kv_indptr: HostIndex,
+    paged_kv_last_page_len: HostIndex,
+    spec: AttentionSpec,
+) -> Lengths:
+    """Check the arrays that say how long each request is.
+
+    Parameters
+    ----------
+    qo_indptr, paged_kv_indptr : int32 or int64 [batch + 1], on the host
+    paged_kv_last_page_len : int32 or int64 [batch], on the host
+
+    Raises
+    ------
+    ValueError
+        Names the array, the request, what was expected and what came.
+    """
+    page_size = spec.page_size
+    qo, qo_len = _indptr(qo_indptr, "qo_indptr")
+    kv, pages = _indptr(paged_kv_indptr, "paged_kv_indptr")
+    batch = len(qo_len)
+    if len(pages) != batch:
+        raise ValueError(
+            f"paged_kv_indptr has {batch_entries(len(kv))}, expected {batch + 1} = batch + 1: "
+            f"qo_indptr has {batch_entries(len(qo))}"
+        )
+    if paged_kv_last_page_len.shape != (batch,):
+        raise ValueError(
+            f"paged_kv_last_page_len has shape {paged_kv_last_page_len.shape}, "
+            f"expected ({batch},): qo_indptr has {batch_entries(len(qo))}"
+        )
+    if int(qo[-1]) * spec.num_qo_heads > _MAX_PACKED_ROWS:
+        raise ValueError(
+            f"qo_indptr[{batch}] = {qo[-1]} query rows of {spec.num_qo_heads} heads, "
+            f"expected at most {_MAX_PACKED_ROWS} rows times heads in a call"
+        )
+    last = paged_kv_last_page_len
+    # A request without pages may say 0; its length is ignored.
+    lowest = pages > 0
+    if batch and (last.min() < 1 or last.max() > page_size):
+        wrong = (last < lowest) | (last > page_size)
+        if wrong.any():
+            r = int(wrong.argmax())
+            raise ValueError(
+                f"paged_kv_last_page_len[{r}] = {last[r]}, "
+                f"expected {int(lowest[r])}..{page_size} (page_size={page_size})"
+            )
+    kv_len = np.where(lowest, (pages - 1) * page_size + last, 0)
+    if batch and kv_len.max() > _MAX_PACKED_ROWS:
+        r = int(kv_len.argmax())
+        raise ValueError(
+            f"paged_kv_indptr: request {r} has {kv_len[r]} keys, "
+            f"expected at most {_MAX_PACKED_ROWS}"
+        )
+    return Lengths(qo, kv, qo_len, kv_len)
+
+
+def page_indices(indices: HostIndex, lengths: Lengths) -> tuple[HostIndex, int]:
+    """Check the page table as far as it can be without the cache.
+
+    Returns
+    -------
+    indices : int32 [paged_kv_indptr[-1]]
+    highest : int
+        The highest page number, -1 where there is none.
+    """
+    needed = int(lengths.paged_kv_indptr[-1])
+    if indices.ndim != 1:
+        raise ValueError(f"paged_kv_indices has shape {indices.shape}, expected one axis")
+    if len(indices) < needed:
+        raise ValueError(
+            f"paged_kv_indices has {batch_entries(len(indices))}, "
+            f"expected at least {needed} = paged_kv_indptr[-1]"
+        )
+    if needed == 0:
+        return np.empty(0, np.int32), -1
+    indices = indices[:needed]
+    if indices.min() < 0:
+        i = int((indices < 0).argmax())
+        raise ValueError(f"{_page(indices, i, lengths)}, expected at least 0")
+    highest = int(indices.max())
+    if highest > np.iinfo(np.int32).max:
+        i = int(indices.argmax())
+        raise ValueError(f"{_page(indices, i, lengths)}, expected at most {2**31 - 1}")
+    return indices.astype(np.int32), highest
+
+
+def page_range(indices: HostIndex, highest: int, lengths: Lengths, num_pages: int) -> None:
+    """Check the page table against a cache of `num_pages` pages."""
+    if highest >= num_pages:
+        i = int((indices >= num_pages).argmax())
+        expected = f"0..{num_pages - 1}" if num_pages else "none"
+        raise ValueError(
+            f"{_page(indices, i, lengths)}, expected {expected}: the cache holds {num_pages} pages"
+        )
+
+
+def warn_of_mistakes(spec: AttentionSpec, lengths: Lengths, indices: HostIndex) -> None:
+    """Warn of input that is legal and almost surely not meant."""
+    if spec.causal:
+        short = lengths.qo_len > lengths.kv_len
+        if short.any():
+            r = int(short.argmax())
+            qo_len, kv_len = int(lengths.qo_len[r]), int(lengths.kv_len[r])
+            others = int(np.count_nonzero(short)) - 1
+            warnings.warn(
+                f"request {r} has {qo_len} queries and {kv_len} keys{_and_others(others)}: with "
+                f"causal=True its first {qo_len - kv_len} rows see no key, and will be 0. Were the "
+                "new keys and values appended to the cache, and counted in paged_kv_indptr and "
+                "paged_kv_last_page_len?",
+                CupagedWarning,
+                stacklevel=3,
+            )
+    _warn_of_repeated_pages(lengths, indices)
+
+
+def _warn_of_repeated_pages(lengths: Lengths, indices: HostIndex) -> None:
+    if len(indices) < 2:
+        return
+    # The cheap question first: does any page occur twice in the batch at all?
+    seen = np.zeros(int(indices.max()) + 1, np.bool_)
+    seen[indices] = True
+    if np.count_nonzero(seen) == len(indices):
+        return
+    pages = np.diff(lengths.paged_kv_indptr)
+    request = np.arange(len(pages)).repeat(pages)
+    keys = request * len(seen) + indices
+    order = np.argsort(keys, kind="stable")
+    repeats = np.flatnonzero(np.diff(keys[order]) == 0)
+    if len(repeats) == 0:
+        return
+    first, again = int(order[repeats[0]]), int(order[repeats[0] + 1])
+    r = int(request[first])
+    others = len(np.unique(request[order[repeats]])) - 1
+    begin = int(lengths.paged_kv_indptr[r])
+    warnings.warn(
+        f"request {r} has page {indices[first]} twice, as its pages {first - begin} and "
+        f"{again - begin}{_and_others(others)}: its keys will be attended to twice. Was another "
+        "page meant in paged_kv_indices?",
+        CupagedWarning,
+        stacklevel=4,
+    )
+
+
+def _page(indices: HostIndex, i: int, lengths: Lengths) -> str:
+    r = int(np.searchsorted(lengths.paged_kv_indptr, i, side="right")) - 1
+    place = i - int(lengths.paged_kv_indptr[r])
+    return f"paged_kv_indices[{i}] = {indices[i]} (request {r}, its page {place})"
+
+
+def _and_others(count: int) -> str:
+    return f" (and {count} more requests like it)" if count else ""
+
+
+def batch_entries(count: int) -> str:
+    """A count of entries in words."""
+    return f"{count} entry" if count == 1 else f"{count} entries"
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _what(value: object) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def _short(value: object) -> str:
+    return repr(value) if isinstance(value, bool | int | float | str) else _what(value)
+
+
+def data_type(name: str, argument: str) -> str:
+    """A dtype's name that the library knows."""
+    if name not in DTYPES:
+        raise TypeError(f"{argument} = {name!r}, expected one of {_listed(tuple(DTYPES))}")
+    return name

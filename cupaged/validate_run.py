@@ -1,0 +1,161 @@
+"""Every check of `run()`'s arrays against the plan, and how each one is worded.
+
+These are on the way of every layer's call: an attribute or a comparison each, words only when
+something is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupaged import arrays
+from cupaged.spec import AttentionSpec
+
+
+def _shape_words(spec: AttentionSpec, stacked: bool) -> str:
+    page, heads = f"page_size={spec.page_size}", f"num_kv_heads={spec.num_kv_heads}"
+    inner = f"{page}, {heads}" if spec.kv_layout == "NHD" else f"{heads}, {page}"
+    return f"(num_pages, {'2, ' if stacked else ''}{inner}, head_dim={spec.head_dim})"
+
+
+def _check_pages(shape: tuple[int, ...], spec: AttentionSpec, name: str, stacked: bool) -> None:
+    """Check the shape of K's, V's or the stacked pages."""
+    first = 2 if stacked else 1
+    inner = (spec.page_size, spec.num_kv_heads)
+    nhd = (*inner, spec.head_dim)
+    hnd = (*inner[::-1], spec.head_dim)
+    expected, other = (nhd, hnd) if spec.kv_layout == "NHD" else (hnd, nhd)
+    found = shape[first:]
+    if found == expected and (not stacked or shape[1] == 2):
+        return
+    words = (
+        f"{name} has shape {shape}; kv_layout={spec.kv_layout!r} expects "
+        f"{_shape_words(spec, stacked)}"
+    )
+    if found == other and (not stacked or shape[1] == 2):
+        words += f". It fits kv_layout={'HND' if spec.kv_layout == 'NHD' else 'NHD'!r}"
+    raise ValueError(words)
+
+
+def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any]:
+    """Check a cache, imported.
+
+    Parameters
+    ----------
+    paged_kv_cache : tuple of array, or array
+        `(k, v)`, or both stacked.
+    spec : AttentionSpec
+
+    Returns
+    -------
+    k, v : [num_pages, page_size, num_kv_heads, head_dim]
+        Views, whatever the layout.
+    """
+    if isinstance(paged_kv_cache, tuple):
+        k, v = paged_kv_cache
+        _check_pages(k.shape, spec, "k cache", stacked=False)
+        _check_pages(v.shape, spec, "v cache", stacked=False)
+        if k.shape[0] != v.shape[0]:
+            raise ValueError(
+                f"v cache holds {v.shape[0]} pages, expected {k.shape[0]} as the k cache does"
+            )
+    else:
+        _check_pages(paged_kv_cache.shape, spec, "paged_kv_cache", stacked=True)
+        k, v = paged_kv_cache[:, 0], paged_kv_cache[:, 1]
+    for name, array in (("k cache", k), ("v cache", v)):
+        _check_dtype(array, spec, name, "kv_data_type")
+        _check_last_axis(array, name)
+    if spec.kv_layout == "HND":
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    return k, v
+
+
+def _check_dtype(array: Any, spec: AttentionSpec, name: str, argument: str) -> None:
+    if array.dtype.name != spec.dtype:
+        raise TypeError(f"{name} is {array.dtype.name}, expected {argument} = {spec.dtype}")
+
+
+def _check_last_axis(array: Any, name: str) -> None:
+    if array.strides[-1] != array.itemsize and array.size:
+        raise ValueError(
+            f"{name} has a stride of {array.strides[-1] // array.itemsize} elements on its last "
+            "axis, expected 1: head_dim must be contiguous"
+        )
+
+
+def query(q: Any, spec: AttentionSpec, nnz_qo: int) -> None:
+    """Check q against the plan."""
+    if q.ndim != 3 or q.shape[1:] != (spec.num_qo_heads, spec.head_dim):
+        raise ValueError(
+            f"q has shape {q.shape}, expected (nnz_qo, num_qo_heads={spec.num_qo_heads}, "
+            f"head_dim_qk={spec.head_dim})"
+        )
+    if q.shape[0] != nnz_qo:
+        raise ValueError(f"q has {q.shape[0]} rows, expected {nnz_qo} = qo_indptr[-1]")
+    _check_dtype(q, spec, "q", "q_data_type")
+    _check_last_axis(q, "q")
+
+
+def given(
+    array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, device: int | None
+) -> None:
+    """Check an `out` or `lse` that the caller gave."""
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} is {array.dtype.name}, expected {dtype.name}")
+    found = arrays.device_id(array)
+    if found != device:
+        raise ValueError(f"{name} is on {place(found)}, expected {place(device)} as q is")
+    if name == "out":
+        _check_last_axis(array, name)
+
+
+def one_device(q: Any, k: Any, v: Any) -> int | None:
+    """The device that q, K and V share; None for the host."""
+    device = arrays.device_id(q)
+    for name, array in (("k cache", k), ("v cache", v)):
+        found = arrays.device_id(array)
+        if found != device:
+            raise ValueError(f"{name} is on {place(found)}, expected {place(device)} as q is")
+    return device
+
+
+def backend_serves(backend: str, device: int | None) -> None:
+    """Refuse arrays that live where the chosen backend can't reach them."""
+    if backend == "cuda" and device is None:
+        raise ValueError("q is on the host, expected a CUDA device: backend='cuda'")
+    if backend == "reference" and device is not None:
+        raise ValueError(f"q is on {place(device)}, expected the host: backend='reference'")
+
+
+def place(device: int | None) -> str:
+    """A device in words."""
+    return "the host" if device is None else f"cuda:{device}"
+
+
+def workspace(array: Any) -> Any:
+    """Check a workspace: one contiguous piece of memory. Returns it."""
+    if not array.flags.c_contiguous:
+        raise ValueError("float_workspace_buffer is not contiguous, expected one piece of memory")
+    return array
+
+
+def workspace_size(array: Any, needed: int) -> None:
+    """Refuse a workspace that is too small for a plan."""
+    if array.nbytes < needed:
+        raise ValueError(
+            f"float_workspace_buffer has {array.nbytes} bytes, expected at least {needed}: "
+            "the plan's partial states take that much"
+        )
+
+
+def workspace_device(array: Any, device: int | None) -> None:
+    """Refuse a workspace that isn't where the call's tensors are."""
+    found = arrays.device_id(array)
+    if found != device:
+        raise ValueError(
+            f"float_workspace_buffer is on {place(found)}, expected {place(device)} as q is"
+        )

@@ -1,0 +1,75 @@
+// Brings tiles of K and V from their pages into shared memory.
+//
+// A warp copies ROWS_PER_WARP consecutive keys of each tile, all tiles. Where the page size is a
+// multiple of 16 (PAGE_ALIGNED), those keys lie in one page, and one look into the page table
+// gives the address of them all; otherwise each lane looks up one key, and the lanes exchange what
+// they found. Either way the page table is read one tile ahead of the copies that need it.
+#pragma once
+#include "params.cuh"
+#include "tile.cuh"
+
+constexpr int ROWS_PER_WARP = CTA_TILE_KV / NUM_WARPS;
+constexpr int PASSES_PER_TILE = ROWS_PER_WARP / ROWS_PER_PASS;
+static_assert(16 % ROWS_PER_WARP == 0, "a warp's keys must lie within an aligned group of 16");
+static_assert(ROWS_PER_WARP % ROWS_PER_PASS == 0, "a pass must not leave its warp's keys");
+
+struct KvLoader {
+    // Strides and divisors are read from the parameters where they are used, since constant memory
+    // costs nothing and registers are short.
+    const Params& p;
+    const u16* k;    // of the KV head and the lane's chunk: [num_pages, page_size] rows
+    const u16* v;    // the same
+    int page_begin;  // where the request's pages begin in page_indices
+    int kv_end;      // keys from here on are filled with zeros
+    int warp_row;    // the warp's first row of every tile
+    u32 offset;      // lane's place in a tile
+    int page;        // of the next tile: page of the key this lane looks up
+    int in_page;     // and the key's place in it
+
+    __device__ __forceinline__ KvLoader(const Params& p, const Request& request, const Item& item,
+                                        int kv_head, int warp, int lane)
+        : p(p), k(p.k + kv_head * p.k_stride_head + lane % ROW_CHUNKS * 8),
+          v(p.v + kv_head * p.v_stride_head + lane % ROW_CHUNKS * 8),
+          page_begin(request.page_begin), kv_end(item.kv_end),
+          warp_row(warp * ROWS_PER_WARP), offset(copy_offset(warp * ROWS_PER_WARP, lane)) {
+        look_up(item.kv_begin, lane);
+    }
+
+    // Finds the page of the key that this lane looks up for the tile that begins at key `begin`.
+    // Keys beyond the end have no page; page 0 exists, and nothing is read from it for them.
+    __device__ __forceinline__ void look_up(int begin, int lane) {
+        const int key = begin + warp_row + (PAGE_ALIGNED ? 0 : lane % ROWS_PER_WARP);
+        page = in_page = 0;
+        if (key < kv_end) {
+            const int index = divide(key, p.page_magic, p.page_shift);
+            page = p.page_indices[page_begin + index];
+            in_page = key - index * p.page_size;
+        }
+    }
+
+    // Starts the copies of the tile that begins at key `begin` to shared addresses k_tile and
+    // v_tile, and looks up the pages of the tile after it.
+    __device__ __forceinline__ void load(int begin, u32 k_tile, u32 v_tile, int lane) {
+        const int lane_row = lane / ROW_CHUNKS;
+        const u16* k_row = k + page * p.k_stride_page + (in_page + lane_row) * p.k_stride_token;
+        const u16* v_row = v + page * p.v_stride_page + (in_page + lane_row) * p.v_stride_token;
+#pragma unroll
+        for (int pass = 0; pass < PASSES_PER_TILE; ++pass) {
+            const int row = pass * ROWS_PER_PASS + lane_row;
+            const int bytes = begin + warp_row + row < kv_end ? 16 : 0;
+            if (!PAGE_ALIGNED) {
+                const i64 row_page = __shfl_sync(~0u, page, row);
+                const i64 row_in_page = __shfl_sync(~0u, in_page, row);
+                k_row = k + row_page * p.k_stride_page + row_in_page * p.k_stride_token;
+                v_row = v + row_page * p.v_stride_page + row_in_page * p.v_stride_token;
+            }
+            cp_async_16(k_tile + copy_pass(offset, pass), k_row, bytes);
+            cp_async_16(v_tile + copy_pass(offset, pass), v_row, bytes);
+            if (PAGE_ALIGNED) {
+                k_row += ROWS_PER_PASS * p.k_stride_token;
+                v_row += ROWS_PER_PASS * p.v_stride_token;
+            }
+        }
+        look_up(begin + CTA_TILE_KV, lane);
+    }
+};

@@ -1,0 +1,111 @@
+// Results leaving a thread block: rows of out and lse, and the merging of partial states.
+#pragma once
+#include "params.cuh"
+#include "tile.cuh"
+
+// Where the rows of an item's query tile lie in q, out and lse.
+struct RowMap {
+    const Params& p;
+    int packed_begin, packed_len;  // first packed row of the tile; packed rows of the request
+    int qo_begin, first_head;      // first row of the request; first query head of the group
+
+    __device__ __forceinline__ RowMap(const Params& p, const Request& request, const Item& item,
+                                      int kv_head)
+        : p(p), packed_begin(item.row_begin), packed_len(request.qo_len * p.gqa_group_size),
+          qo_begin(request.qo_begin), first_head(kv_head * p.gqa_group_size) {}
+
+    __device__ __forceinline__ bool valid(int row) const { return packed_begin + row < packed_len; }
+
+    // Query of a tile's row, counted from the request's first.
+    __device__ __forceinline__ int query(int row) const {
+        return divide(packed_begin + row, p.group_magic, p.group_shift);
+    }
+
+    // Offset of a tile's row in a tensor [nnz_qo, num_qo_heads, ...] of the given strides.
+    __device__ __forceinline__ i64 offset(int row, i64 stride_row, i64 stride_head) const {
+        const int q = query(row);
+        const int head = first_head + packed_begin + row - q * p.gqa_group_size;
+        return (qo_begin + q) * stride_row + head * stride_head;
+    }
+
+    __device__ __forceinline__ void write_lse(int row, float lse) const {
+        if (p.lse != nullptr)
+            p.lse[offset(row, p.lse_stride_row, p.lse_stride_head)] = lse * p.lse_scale;
+    }
+};
+
+// Merges `count` states of the tile's rows: outputs [CTA_TILE_Q, HEAD_DIM], normalised, and
+// their log-sum-exps [CTA_TILE_Q], base 2, each state `out_stride` and `lse_stride` floats after
+// the one before. Every thread takes eight neighbouring columns of a row, and hands what it gets
+// to sink(row, column, float (&values)[8], lse). States are added in their order, so the bits do
+// not depend on which of them ended first. A state with an lse of -inf weighs nothing.
+template <typename Sink>
+__device__ __forceinline__ void merge_states(const float* out, const float* lse, i64 out_stride,
+                                             i64 lse_stride, int count, Sink sink) {
+    for (int i = threadIdx.x; i < CTA_TILE_Q * ROW_CHUNKS; i += NUM_THREADS) {
+        const int row = i / ROW_CHUNKS;
+        const int column = i % ROW_CHUNKS * 8;
+        float top = NEG_INF;
+        for (int s = 0; s < count; ++s) top = fmaxf(top, lse[s * lse_stride + row]);
+        const float shift = top == NEG_INF ? 0.0f : top;
+        float total = 0.0f;
+        float sum[8] = {};
+        for (int s = 0; s < count; ++s) {
+            const float weight = exp2_approx(lse[s * lse_stride + row] - shift);
+            const float* source = out + s * out_stride + row * HEAD_DIM + column;
+            const Float4 low = *reinterpret_cast<const Float4*>(source);
+            const Float4 high = *reinterpret_cast<const Float4*>(source + 4);
+            total += weight;
+            const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+            for (int c = 0; c < 8; ++c) sum[c] += weight * values[c];
+        }
+        const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) sum[c] *= inverse;
+        sink(row, column, sum, total == 0.0f ? NEG_INF : top + log2_approx(total));
+    }
+}
+
+// Sink for a final result.
+struct WriteResult {
+    const RowMap& rows;
+    __device__ __forceinline__ void operator()(int row, int column, const float (&values)[8],
+                                               float lse) const {
+        if (!rows.valid(row)) return;
+        const Params& p = rows.p;
+        Chunk chunk;
+        chunk.x = pack_pair(values[0] * p.v_scale, values[1] * p.v_scale);
+        chunk.y = pack_pair(values[2] * p.v_scale, values[3] * p.v_scale);
+        chunk.z = pack_pair(values[4] * p.v_scale, values[5] * p.v_scale);
+        chunk.w = pack_pair(values[6] * p.v_scale, values[7] * p.v_scale);
+        u16* target = p.out + rows.offset(row, p.out_stride_row, p.out_stride_head) + column;
+        *reinterpret_cast<Chunk*>(target) = chunk;
+        if (column == 0) rows.write_lse(row, lse);
+    }
+};
+
+// Where a split's partial state lies.
+struct PartialState {
+    float* out;  // [CTA_TILE_Q, HEAD_DIM]
+    float* lse;  // [CTA_TILE_Q]
+
+    __device__ __forceinline__ PartialState(const Params& p, int slot, int kv_head) {
+        const i64 index = static_cast<i64>(slot) * p.num_kv_heads + kv_head;
+        out = p.partial_out + index * (CTA_TILE_Q * HEAD_DIM);
+        lse = p.partial_lse + index * CTA_TILE_Q;
+    }
+};
+
+// Sink for a partial state. Rows past the request's end are written too: they cost nothing and
+// are never read into a result.
+struct WritePartial {
+    const PartialState& state;
+    __device__ __forceinline__ void operator()(int row, int column, const float (&values)[8],
+                                               float lse) const {
+        float* target = state.out + row * HEAD_DIM + column;
+        *reinterpret_cast<Float4*>(target) = {values[0], values[1], values[2], values[3]};
+        *reinterpret_cast<Float4*>(target + 4) = {values[4], values[5], values[6], values[7]};
+        if (column == 0) state.lse[row] = lse;
+    }
+};

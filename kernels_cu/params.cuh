@@ -1,0 +1,59 @@
+// What the host hands to a kernel. cupaged/spec.py mirrors these structs as NumPy dtypes; the
+// prologue holds the offsets NumPy computed, and CUPAGED_CHECK_LAYOUT compares them.
+#pragma once
+#include "types.cuh"
+
+// A request's place in the arrays.
+struct Request {
+    int qo_begin;    // first row of q and out
+    int qo_len;      // query rows
+    int kv_len;      // keys
+    int page_begin;  // first entry of page_indices
+};
+
+// One query tile of one request against one range of its keys, for every KV head. Rows are
+// packed: row i * gqa_group_size + g is query i under the g-th query head of the KV head's group.
+struct alignas(16) Item {
+    int request;
+    int row_begin;      // first packed row
+    int kv_begin;       // first key, inclusive
+    int kv_end;         // last key, exclusive; kv_begin where no row of the tile sees a key
+    int split;          // which split of its query tile this is, of ...
+    int num_splits;     // 1: it writes the result; more: a partial state
+    int first_partial;  // partial-state slot of split 0
+    int merge;          // its tile's place in merge_counters
+};
+
+// Strides are in elements, and may be any; the last axis of every tensor is contiguous.
+struct Params {
+    const u16* q;  // [nnz_qo, num_qo_heads, HEAD_DIM]
+    const u16* k;  // [num_pages, page_size, num_kv_heads, HEAD_DIM], whatever the layout
+    const u16* v;  // the same
+    u16* out;      // [nnz_qo, num_qo_heads, HEAD_DIM]
+    float* lse;    // [nnz_qo, num_qo_heads], or null
+    i64 q_stride_row, q_stride_head;
+    i64 k_stride_page, k_stride_token, k_stride_head;
+    i64 v_stride_page, v_stride_token, v_stride_head;
+    i64 out_stride_row, out_stride_head;
+    i64 lse_stride_row, lse_stride_head;
+    const Request* requests;  // [batch]
+    const Item* items;        // [num_items]
+    const int* page_indices;  // [page_begin of a request + its pages]
+    float* partial_out;       // [slots, num_kv_heads, CTA_TILE_Q, HEAD_DIM], normalised
+    float* partial_lse;       // [slots, num_kv_heads, CTA_TILE_Q], base 2
+    int* merge_counters;      // [split tiles, num_kv_heads], zero between launches
+    int* work_counters;       // [2]: next piece of work, blocks that are done; zero between launches
+    int num_items, num_kv_heads, gqa_group_size, page_size, causal;
+    u32 group_magic, group_shift;  // division by gqa_group_size
+    u32 page_magic, page_shift;    // division by page_size
+    float logit_scale;             // sm_scale * q_scale * k_scale * log2(e), never 0
+    float v_scale;
+    float lse_scale;  // 1 for base 2, ln(2) for base e
+};
+
+// n / divisor for 0 <= n < 2^31, by a multiplication with ceil(2^(31 + ceil(log2(divisor))) /
+// divisor) (Granlund and Montgomery 1994, "Division by invariant integers using multiplication").
+// A magic number of 0 stands for the divisor 1.
+__device__ __forceinline__ int divide(int n, u32 magic, u32 shift) {
+    return magic == 0 ? n : static_cast<int>(__umulhi(static_cast<u32>(n), magic) >> shift);
+}

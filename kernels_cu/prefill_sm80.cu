@@ -1,0 +1,280 @@
+// Attention of a ragged batch over a paged key/value cache, for sm_80 and later: mma.sync,
+// ldmatrix, and cp.async through a ring of shared-memory stages.
+//
+// A persistent grid walks the planner's work items. Block b begins with piece b; whoever is done
+// takes the next one off a counter, so that items, which lie longest first, are scheduled
+// longest first. The WARPS_Q x WARPS_KV warps of a block divide a tile's rows, or its keys.
+#include "policy.cuh"
+
+#include "kv_loader.cuh"
+#include "merge.cuh"
+#include "softmax.cuh"
+
+constexpr int WARP_KV = CTA_TILE_KV / WARPS_KV;  // keys of a tile that a warp works on
+constexpr int TILE_Q_BYTES = CTA_TILE_Q * ROW_BYTES;
+constexpr int TILE_KV_BYTES = CTA_TILE_KV * ROW_BYTES;
+static_assert(WARP_KV % 16 == 0, "P.V takes keys by 16");
+static_assert(WARPS_KV == 1 || MMA_Q == 1 && WARPS_Q == 1, "only one 16-row block is shared");
+static_assert(WARPS_KV * CTA_TILE_Q * (HEAD_DIM + 1) * 4 <= 2 * NUM_STAGES * TILE_KV_BYTES ||
+                  WARPS_KV == 1,
+              "the warps' states are merged where the stages were");
+
+// [MMA_Q 16-row blocks][blocks of 8 columns][a lane's four elements], as mma_m16n8k16 has them.
+using Logits = float[MMA_Q][WARP_KV / 8][4];
+using Output = float[MMA_Q][HEAD_DIM / 8][4];
+
+// Copies the rows of q that the item's tile packs to shared memory; rows past the end are zeros.
+__device__ __forceinline__ void load_q(const RowMap& rows, u32 q_tile, int warp, int lane) {
+    constexpr int ROWS = CTA_TILE_Q / NUM_WARPS;
+    const Params& p = rows.p;
+    const u32 offset = copy_offset(warp * ROWS, lane);
+#pragma unroll 4
+    for (int pass = 0; pass < ROWS / ROWS_PER_PASS; ++pass) {
+        const int row = warp * ROWS + pass * ROWS_PER_PASS + lane / ROW_CHUNKS;
+        const bool valid = rows.valid(row);
+        const i64 source = valid ? rows.offset(row, p.q_stride_row, p.q_stride_head) : 0;
+        cp_async_16(q_tile + copy_pass(offset, pass), p.q + source + lane % ROW_CHUNKS * 8,
+                    valid ? 16 : 0);
+    }
+}
+
+// s = Q . K^T. q and k are this lane's fragment addresses of the warp's rows and keys.
+__device__ __forceinline__ void multiply_qk(Logits& s, u32 q, u32 k) {
+#pragma unroll
+    for (int i = 0; i < MMA_Q; ++i)
+#pragma unroll
+        for (int n = 0; n < WARP_KV / 8; ++n)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) s[i][n][c] = 0.0f;
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM / 16; ++d) {
+        Pair a[MMA_Q][4];
+#pragma unroll
+        for (int i = 0; i < MMA_Q; ++i) ldmatrix_x4(a[i], fragment_at(q, i, d));
+#pragma unroll
+        for (int n = 0; n < WARP_KV / 16; ++n) {
+            Pair b[4];
+            ldmatrix_x4(b, fragment_at(k, n, d));
+#pragma unroll
+            for (int i = 0; i < MMA_Q; ++i) {
+                mma_m16n8k16(s[i][2 * n], a[i], b[0], b[1]);
+                mma_m16n8k16(s[i][2 * n + 1], a[i], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// o += P . V. The weights of two neighbouring 8-column blocks are, lane for lane, an A operand.
+__device__ __forceinline__ void multiply_pv(Output& o, const Logits& weights, u32 v) {
+#pragma unroll
+    for (int n = 0; n < WARP_KV / 16; ++n) {
+        Pair a[MMA_Q][4];
+#pragma unroll
+        for (int i = 0; i < MMA_Q; ++i) {
+            a[i][0] = pack_pair(weights[i][2 * n][0], weights[i][2 * n][1]);
+            a[i][1] = pack_pair(weights[i][2 * n][2], weights[i][2 * n][3]);
+            a[i][2] = pack_pair(weights[i][2 * n + 1][0], weights[i][2 * n + 1][1]);
+            a[i][3] = pack_pair(weights[i][2 * n + 1][2], weights[i][2 * n + 1][3]);
+        }
+#pragma unroll
+        for (int d = 0; d < HEAD_DIM / 16; ++d) {
+            Pair b[4];
+            ldmatrix_x4_trans(b, fragment_at(v, n, d));
+#pragma unroll
+            for (int i = 0; i < MMA_Q; ++i) {
+                mma_m16n8k16(o[i][2 * d], a[i], b[0], b[1]);
+                mma_m16n8k16(o[i][2 * d + 1], a[i], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Writes a warp's rows of the result, by way of its rows of the Q tile, which no other warp reads:
+// fragments go in by 4 bytes, rows come out by 16.
+__device__ __forceinline__ void write_rows(const RowMap& rows, const Output& o,
+                                           const SoftmaxState& state, char* q_tile, int first_row,
+                                           int lane) {
+    const Params& p = rows.p;
+#pragma unroll
+    for (int i = 0; i < MMA_Q; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = first_row + i * 16 + h * 8 + lane / 4;
+#pragma unroll
+            for (int d = 0; d < HEAD_DIM / 8; ++d)
+                *reinterpret_cast<Pair*>(q_tile + tile_offset(row, d) + lane % 4 * 4) =
+                    pack_pair(o[i][d][2 * h] * p.v_scale, o[i][d][2 * h + 1] * p.v_scale);
+            if (lane % 4 == 0 && rows.valid(row)) rows.write_lse(row, state.max[i][h]);
+        }
+    __syncwarp();  // the warp's rows are whole
+#pragma unroll 4
+    for (int pass = 0; pass < MMA_Q * 16 / ROWS_PER_PASS; ++pass) {
+        const int row = first_row + pass * ROWS_PER_PASS + lane / ROW_CHUNKS;
+        const int chunk = lane % ROW_CHUNKS;
+        if (rows.valid(row))
+            *reinterpret_cast<Chunk*>(p.out + rows.offset(row, p.out_stride_row, p.out_stride_head) +
+                                      chunk * 8) =
+                *reinterpret_cast<const Chunk*>(q_tile + tile_offset(row, chunk));
+    }
+}
+
+// Writes a warp's rows as a state of their own: out [rows, HEAD_DIM] and lse [rows], at row 0 of
+// the block's tile.
+__device__ __forceinline__ void write_state(float* out, float* lse, const Output& o,
+                                            const SoftmaxState& state, int first_row, int lane) {
+#pragma unroll
+    for (int i = 0; i < MMA_Q; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = first_row + i * 16 + h * 8 + lane / 4;
+#pragma unroll
+            for (int d = 0; d < HEAD_DIM / 8; ++d)
+                *reinterpret_cast<Float2*>(out + row * HEAD_DIM + d * 8 + lane % 4 * 2) = {
+                    o[i][d][2 * h], o[i][d][2 * h + 1]};
+            if (lane % 4 == 0) lse[row] = state.max[i][h];
+        }
+}
+
+// The item's loop over its keys, for one KV head: what each warp has of the output and softmax.
+__device__ __forceinline__ void attend(const Params& p, const Item& item, int kv_head, char* shared,
+                                       Output& o, SoftmaxState& state) {
+    const int warp = warp_index();
+    const int lane = threadIdx.x % WARP_SIZE;
+    const int warp_kv = warp % WARPS_KV;
+    const int first_row = warp / WARPS_KV * MMA_Q * 16;
+    const Request request = p.requests[item.request];
+    const RowMap rows(p, request, item, kv_head);
+    const Visibility visible(p, request, item);
+    const int fewest_keys = visible.kv_end(rows.query(first_row));
+    const int most_keys = visible.kv_end(rows.query(first_row + MMA_Q * 16 - 1));
+
+    // Shared memory: Q [CTA_TILE_Q] rows, then NUM_STAGES times K and V [CTA_TILE_KV] rows each.
+    const u32 q_tile = shared_address(shared);
+    const u32 stages = q_tile + TILE_Q_BYTES;
+    const auto k_stage = [&](int stage) { return stages + stage * 2 * TILE_KV_BYTES; };
+
+    KvLoader loader(p, request, item, kv_head, warp, lane);
+    int begin = item.kv_begin;  // first key of the tile at hand
+    if (begin < loader.kv_end) load_q(rows, q_tile, warp, lane);
+#pragma unroll
+    for (int stage = 0; stage < NUM_STAGES - 1; ++stage) {
+        const int ahead = begin + stage * CTA_TILE_KV;
+        if (ahead < loader.kv_end)
+            loader.load(ahead, k_stage(stage), k_stage(stage) + TILE_KV_BYTES, lane);
+        cp_async_commit();
+    }
+
+    const float scale = fabsf(p.logit_scale);
+    const u32 q_fragment = q_tile + first_row * ROW_BYTES + fragment_rows_first(lane);
+    const u32 k_fragment = warp_kv * WARP_KV * ROW_BYTES + fragment_columns_first(lane);
+    const u32 v_fragment = TILE_KV_BYTES + warp_kv * WARP_KV * ROW_BYTES + fragment_rows_first(lane);
+
+    int stage = 0;
+#pragma unroll 1
+    for (; begin < loader.kv_end; begin += CTA_TILE_KV) {
+        cp_async_wait<NUM_STAGES - 2>();
+        // This tile has landed for every warp that reads it, and every such warp is done with the
+        // tile before, whose stage the next copies overwrite. Warps that divide the keys copy just
+        // the keys that they read, but all read the Q that all have copied.
+        if (WARPS_KV == 1 || begin == item.kv_begin)
+            __syncthreads();
+        else
+            __syncwarp();
+        const int ahead = begin + (NUM_STAGES - 1) * CTA_TILE_KV;
+        const u32 ahead_stage = k_stage(stage == 0 ? NUM_STAGES - 1 : stage - 1);
+        if (ahead < loader.kv_end)
+            loader.load(ahead, ahead_stage, ahead_stage + TILE_KV_BYTES, lane);
+        // A group for every tile, empty or not, keeps the count that the wait relies on.
+        cp_async_commit();
+
+        const u32 k_tile = k_stage(stage);
+        stage = stage == NUM_STAGES - 1 ? 0 : stage + 1;
+        const int first_key = begin + warp_kv * WARP_KV;
+        if (first_key >= most_keys) continue;  // none of the warp's rows sees a key of its share
+        Logits s;
+        multiply_qk(s, q_fragment, k_tile + k_fragment);
+        if (p.logit_scale < 0.0f) negate(s);
+        if (first_key + WARP_KV > fewest_keys) visible.mask(s, rows, first_row, first_key, lane);
+        state.update(s, o, scale);
+        multiply_pv(o, s, k_tile + v_fragment);
+    }
+    state.finish(o, scale);
+}
+
+// Writes what attend() found: the result, or the split's partial state.
+__device__ __forceinline__ void store(const Params& p, const Item& item, int kv_head, char* shared,
+                                      const Output& o, const SoftmaxState& state) {
+    const int warp = warp_index();
+    const int lane = threadIdx.x % WARP_SIZE;
+    const RowMap rows(p, p.requests[item.request], item, kv_head);
+    const PartialState partial(p, item.first_partial + item.split, kv_head);
+    if (WARPS_KV > 1) {
+        constexpr int STATE_FLOATS = CTA_TILE_Q * HEAD_DIM;
+        float* states = reinterpret_cast<float*>(shared + TILE_Q_BYTES);
+        float* lses = states + WARPS_KV * STATE_FLOATS;
+        __syncthreads();  // every warp is done with the stages, where the states now go
+        write_state(states + warp * STATE_FLOATS, lses + warp * CTA_TILE_Q, o, state, 0, lane);
+        __syncthreads();  // all states are there
+        if (item.num_splits == 1)
+            merge_states(states, lses, STATE_FLOATS, CTA_TILE_Q, WARPS_KV, WriteResult{rows});
+        else
+            merge_states(states, lses, STATE_FLOATS, CTA_TILE_Q, WARPS_KV, WritePartial{partial});
+    } else if (item.num_splits == 1) {
+        write_rows(rows, o, state, shared, warp * MMA_Q * 16, lane);
+    } else {
+        write_state(partial.out, partial.lse, o, state, warp * MMA_Q * 16, lane);
+    }
+}
+
+// Counts a split as done. The one that ends last merges them all, so that no second launch has to
+// wait for the slowest.
+__device__ __forceinline__ void merge_splits(const Params& p, const Item& item, int kv_head,
+                                             int* is_last_split) {
+    __threadfence();  // this thread's part of the state is visible before the counter says so
+    __syncthreads();  // ... and so is every thread's
+    if (threadIdx.x == 0) {
+        int* counter = p.merge_counters + static_cast<i64>(item.merge) * p.num_kv_heads + kv_head;
+        *is_last_split = atomicAdd(counter, 1) == item.num_splits - 1;
+        if (*is_last_split) *counter = 0;  // for the next launch; nobody else counts here any more
+    }
+    __syncthreads();  // all know whether they are last
+    if (!*is_last_split) return;
+    __threadfence();  // what the counter has counted is visible from here on
+    const RowMap rows(p, p.requests[item.request], item, kv_head);
+    const PartialState first(p, item.first_partial, kv_head);
+    const i64 heads = p.num_kv_heads;
+    merge_states(first.out, first.lse, heads * CTA_TILE_Q * HEAD_DIM, heads * CTA_TILE_Q,
+                 item.num_splits, WriteResult{rows});
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, CTAS_PER_SM)
+    cupaged_prefill(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) char shared[];
+    // Two places, so that the next piece can be written while a late thread still reads the last.
+    __shared__ int next_piece[2];
+    __shared__ int is_last_split;
+
+    const int num_pieces = p.num_items * p.num_kv_heads;
+    int parity = 0;
+    for (int piece = blockIdx.x; piece < num_pieces; parity ^= 1) {
+        // Asked for now, needed after the item: the counter's latency is hidden.
+        if (threadIdx.x == 0) next_piece[parity] = gridDim.x + atomicAdd(p.work_counters, 1);
+        const int kv_head = piece % p.num_kv_heads;
+        const Item* item = p.items + piece / p.num_kv_heads;
+        Output o = {};
+        SoftmaxState state;
+        // Each step reads the item anew: its fields are not worth registers during the loop.
+        attend(p, *item, kv_head, shared, o, state);
+        store(p, *item, kv_head, shared, o, state);
+        if (item->num_splits > 1) merge_splits(p, *item, kv_head, &is_last_split);
+        __syncthreads();  // the next piece is known, and all are done with the shared memory
+        piece = next_piece[parity];
+    }
+    // The last block to leave sets the counters back for the next launch: no other block will
+    // ask for work, since each has counted itself out after its last request.
+    if (threadIdx.x == 0) {
+        __threadfence();
+        if (atomicAdd(p.work_counters + 1, 1) == gridDim.x - 1)
+            p.work_counters[0] = p.work_counters[1] = 0;
+    }
+}
