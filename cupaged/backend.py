@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -104,13 +103,3 @@ class Plan:
             reference.run(self.schedule, self.page_indices, *tensors, *factors)
         else:
             cuda.run(self.on_device(device), *tensors, factors)
-
-
-def on(device: int | None, stream: int) -> AbstractContextManager[Any]:
-    """Make a device and a raw stream of it the current ones; nothing for the host."""
-    return nullcontext() if device is None else cuda.on(device, stream)
-
-
-def workspace_bytes(schedule: Schedule) -> int:
-    """Bytes that a schedule's partial states take on a device."""
-    return cuda.workspace_bytes(schedule)

@@ -6,7 +6,7 @@ Pure functions of the lengths and of the machine's size; no arrays on any GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -16,17 +16,18 @@ from cupaged.spec import ROWS_PER_PAGE_LOOKUP, DeviceModel, KernelConfig
 
 Shape = Literal["long", "short"]
 SHAPES: tuple[Shape, ...] = ("long", "short")
-IntArray = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int32]
 
-#: Compute capability → class of shared memory: "large" has 227 KiB a block, "medium" 163, "small"
-#: 99 (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+#: Compute capability → class of tiles: "sm90" and "large" have 227 KiB of shared memory a block,
+#: "medium" 163, "small" 99 (CUDA C++ Programming Guide, "Technical Specifications per Compute
+#: Capability"); "sm90" is the one whose tiles were measured.
 _SHARED_CLASS = {
     80: "medium", 86: "small", 87: "medium", 89: "small",
-    90: "large", 100: "large", 103: "large", 110: "large", 120: "small", 121: "small",
+    90: "sm90", 100: "large", 103: "large", 110: "large", 120: "small", 121: "small",
 }  # fmt: skip
 
 #: The most dynamic shared memory a block of each class may ask for, in bytes.
-SHARED_LIMIT = {"large": 227 * 1024, "medium": 163 * 1024, "small": 99 * 1024}
+SHARED_LIMIT = {"sm90": 227 * 1024, "large": 227 * 1024, "medium": 163 * 1024, "small": 99 * 1024}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,18 @@ class _Tile:
 # every fragment of K and V read from shared memory feeds two matrix products; with 16 rows the
 # reads, 128 bytes a clock, would bound the kernel. At 256 the output of 32 rows does not fit the
 # registers, so eight warps take 16 each. Two blocks an SM cover each other's softmax and barriers.
+# 64 keys at head_dim 128 take all 255 registers, so that is only where it was seen to fit and pay.
 # "short": 16 rows, the keys divided over the warps: decoding and very short queries are bound by
 # the reading of K and V, so the tile is as short as the matrix unit allows and the stages deep.
 _TILES: dict[tuple[str, int, Shape], _Tile] = {
+    ("sm90", 64, "long"): _Tile(128, 64, 4, 1, 2, 2),
+    ("sm90", 128, "long"): _Tile(128, 64, 4, 1, 2, 2),
+    ("sm90", 256, "long"): _Tile(128, 32, 8, 1, 2, 1),
+    ("sm90", 64, "short"): _Tile(16, 64, 1, 4, 4, 3),
+    ("sm90", 128, "short"): _Tile(16, 64, 1, 4, 3, 2),
+    ("sm90", 256, "short"): _Tile(16, 64, 1, 4, 3, 1),
     ("large", 64, "long"): _Tile(128, 64, 4, 1, 2, 2),
-    ("large", 128, "long"): _Tile(128, 64, 4, 1, 2, 2),
+    ("large", 128, "long"): _Tile(128, 32, 4, 1, 3, 2),
     ("large", 256, "long"): _Tile(128, 32, 8, 1, 2, 1),
     ("large", 64, "short"): _Tile(16, 64, 1, 4, 4, 3),
     ("large", 128, "short"): _Tile(16, 64, 1, 4, 3, 2),
@@ -59,21 +67,31 @@ _TILES: dict[tuple[str, int, Shape], _Tile] = {
     ("medium", 128, "short"): _Tile(16, 64, 1, 4, 2, 2),
     ("medium", 256, "short"): _Tile(16, 64, 1, 4, 2, 1),
     ("small", 64, "long"): _Tile(128, 64, 4, 1, 2, 2),
-    ("small", 128, "long"): _Tile(128, 64, 4, 1, 2, 1),
+    ("small", 128, "long"): _Tile(128, 32, 4, 1, 3, 1),
     ("small", 256, "long"): _Tile(64, 32, 4, 1, 2, 1),
     ("small", 64, "short"): _Tile(16, 64, 1, 4, 2, 2),
     ("small", 128, "short"): _Tile(16, 64, 1, 4, 2, 1),
     ("small", 256, "short"): _Tile(16, 32, 1, 2, 2, 1),
 }
 
+# Where pages are not aligned, looking up every row takes the registers that 64 keys would need.
+_TILES_UNALIGNED: dict[tuple[str, int, Shape], _Tile] = {
+    ("sm90", 128, "long"): _Tile(128, 32, 4, 1, 3, 2),
+}
+
 #: A request of at most this many packed rows takes the "short" shape. Above it, the second and
 #: third 16-row tile read K and V again, and the long shape's spare rows are the lesser waste.
 SHORT_MAX_ROWS = 32
 
-#: Costs in units of one KV tile's time. An item pays _ITEM_COST for its first loads, its last
-#: stores and the softmax's final step; a split pays _SPLIT_COST more to store and merge.
-_ITEM_COST = 2
-_SPLIT_COST = 2
+#: Short requests ride along in long tiles where that adds at most this share to the work: a tile
+#: of their own would be a launch of its own.
+_RIDE_ALONG = 0.1
+_LONG_ROWS = 128
+
+#: Costs in units of one KV tile's time. An item pays ITEM_COST for its first loads, its last
+#: stores and the softmax's final step; a split pays SPLIT_COST more to store and merge.
+ITEM_COST = 2
+SPLIT_COST = 2
 
 #: A split of fewer KV tiles than this isn't worth its item and merge cost.
 _MIN_TILES_PER_SPLIT = 4
@@ -93,12 +111,15 @@ def shared_class(arch: int) -> str:
     return _SHARED_CLASS.get(arch, "small")
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel_config(
     arch: int, dtype: str, head_dim: int, page_aligned: bool, shape: Shape
 ) -> KernelConfig:
     """The kernel that serves a shape of query tile on compute capability `arch`."""
-    tile = _TILES[shared_class(arch), head_dim, shape]
+    key = (shared_class(arch), head_dim, shape)
+    tile = _TILES[key]
+    if not page_aligned:
+        tile = _TILES_UNALIGNED.get(key, tile)
     return KernelConfig(
         family="prefill_sm80",
         dtype=dtype,
@@ -120,13 +141,13 @@ def page_aligned(page_size: int) -> bool:
 
 def choose_shapes(
     packed_len: IntArray, kv_len: IntArray, num_kv_heads: int, slots: int, by_request: bool
-) -> npt.NDArray[np.bool_]:
-    """Which requests take the "short" shape.
+) -> dict[Shape, IntArray | None]:
+    """Which requests take which shape of query tile.
 
     Parameters
     ----------
-    packed_len, kv_len : int64 [batch]
-        Packed query rows and keys of each request.
+    packed_len, kv_len : int32 [batch]
+        Packed query rows and keys of each request; some request has a row.
     num_kv_heads : int
     slots : int
         Thread blocks of the long shape that run at once.
@@ -135,21 +156,50 @@ def choose_shapes(
 
     Returns
     -------
-    bool [batch]
+    dict
+        Shape → indices of requests, in order; None for all of them. Only shapes that occur.
     """
-    short = packed_len <= SHORT_MAX_ROWS
-    num_short = int(np.count_nonzero(short))
-    if by_request or num_short in (0, len(short)):
-        return short
-    # Each shape present is a launch. Where the whole batch fits one wave of long tiles, and the
-    # short requests' keys are no more than the others', they ride along for nothing.
-    tiles = int(np.maximum(packed_len // 128 + 1, 1).sum()) * num_kv_heads
-    if tiles <= slots and kv_len[short].max() <= 2 * kv_len[~short].max():
-        return np.zeros_like(short)
-    return short
+    if int(np.maximum.reduce(packed_len)) <= SHORT_MAX_ROWS:
+        return {"short": None}
+    if int(np.minimum.reduce(packed_len)) > SHORT_MAX_ROWS:
+        return {"long": None}
+    short = (packed_len <= SHORT_MAX_ROWS) & (packed_len > 0)
+    if not by_request and _ride_along(packed_len, kv_len, short, num_kv_heads, slots):
+        return {"long": None}
+    if not np.logical_or.reduce(short):
+        return {"long": None}
+    return {
+        "long": np.flatnonzero(packed_len > SHORT_MAX_ROWS).astype(np.int32),
+        "short": np.flatnonzero(short).astype(np.int32),
+    }
 
 
-def choose_split(num_tiles: IntArray, num_kv_heads: int, slots: int) -> int | None:
+def _ride_along(
+    packed_len: IntArray,
+    kv_len: IntArray,
+    short: npt.NDArray[np.bool_],
+    num_kv_heads: int,
+    slots: int,
+) -> bool:
+    """Whether the short requests had better take long tiles too.
+
+    A shape of their own would be a launch of its own. They ride along where they add little to
+    the work, as the keys that tiles read tell it; or where the whole batch fits one wave that
+    they don't prolong.
+    """
+    keys = kv_len.astype(np.float64)  # in which NumPy's dot product is fastest, and can't overflow
+    short_work = float(keys.dot(short))
+    long_work = float(keys.dot(packed_len * ~short)) / _LONG_ROWS
+    if short_work <= _RIDE_ALONG * long_work:
+        return True
+    tiles = int(np.add.reduce(-(-packed_len // _LONG_ROWS)))
+    longest = int(np.maximum.reduce(kv_len, where=~short, initial=0))
+    return tiles * num_kv_heads <= slots and bool(
+        np.maximum.reduce(kv_len, where=short, initial=0) <= longest
+    )
+
+
+def choose_split(kv_tiles: IntArray, num_kv_heads: int, slots: int) -> int | None:
     """KV tiles of a split, or None where no split pays.
 
     The finish time of a longest-first schedule is estimated by its lower bounds: the mean work
@@ -159,39 +209,41 @@ def choose_split(num_tiles: IntArray, num_kv_heads: int, slots: int) -> int | No
 
     Parameters
     ----------
-    num_tiles : int64 [items]
-        KV tiles of each unsplit item, the same for every KV head.
+    kv_tiles : int32 [items]
+        KV tiles of each unsplit item, longest first, the same for every KV head.
     num_kv_heads : int
     slots : int
         Thread blocks that run at once.
     """
-    if len(num_tiles) == 0:
-        return None
-    longest = int(num_tiles.max())
+    longest = int(kv_tiles[0])
     if longest < 2 * _MIN_TILES_PER_SPLIT:
         return None
-    mean = (float(num_tiles.sum()) + _ITEM_COST * len(num_tiles)) * num_kv_heads / slots
-    unsplit = max(mean, float(longest + _ITEM_COST))
-    if len(num_tiles) * num_kv_heads > slots:
+    total = float(np.add.reduce(kv_tiles, dtype=np.int64)) * num_kv_heads
+    num_items = len(kv_tiles) * num_kv_heads
+    mean = (total + ITEM_COST * num_items) / slots
+    if longest + ITEM_COST <= 0.1 * mean:
+        return None  # not even one more of the longest would cost a tenth
+    unsplit = float(max(mean, longest + ITEM_COST))
+    if num_items > slots:
         # The item at each whole wave waits for one at least as long in every wave before it.
-        descending = np.sort(num_tiles)[::-1][:: max(1, slots // num_kv_heads)]
-        waves = (descending + _ITEM_COST) * np.arange(1, len(descending) + 1)
-        unsplit = max(unsplit, float(waves.max()))
+        each_wave = kv_tiles[:: max(1, slots // num_kv_heads)]
+        waves = (each_wave + ITEM_COST) * np.arange(1, len(each_wave) + 1)
+        unsplit = max(unsplit, float(np.maximum.reduce(waves)))
     if unsplit <= 1.1 * mean:
         return None
-    total = float(num_tiles.sum()) * num_kv_heads
-    chunks = np.unique(np.ceil(_CANDIDATES * (total / slots)).astype(np.int64))
-    chunks = chunks[(chunks >= _MIN_TILES_PER_SPLIT) & (chunks < longest)]
-    if len(chunks) == 0:
-        chunks = np.array([_MIN_TILES_PER_SPLIT])
-    whole = num_tiles // chunks[:, None]  # [candidates, items]
-    rest = num_tiles - whole * chunks[:, None]
-    full_items = whole.sum(axis=1) * num_kv_heads
-    items = full_items + np.count_nonzero(rest, axis=1) * num_kv_heads
-    overhead = _ITEM_COST + _SPLIT_COST
+    chunks = np.ceil(_CANDIDATES * (total / slots)).astype(np.int32)
+    chunks = np.clip(chunks, _MIN_TILES_PER_SPLIT, longest - 1)
+    whole = kv_tiles // chunks[:, None]  # [candidates, items]
+    rest = kv_tiles - whole * chunks[:, None]
+    wholes = whole.sum(axis=1) * num_kv_heads
+    rests = np.count_nonzero(rest, axis=1) * num_kv_heads
+    overhead = ITEM_COST + SPLIT_COST
+    # Whole pieces come first, in waves; rests fill the last wave up, and then begin another.
+    waves = np.ceil(wholes / slots)
+    mean_rest = rest.sum(axis=1) * num_kv_heads / np.maximum(rests, 1) + overhead
+    another = np.where(rests > waves * slots - wholes, mean_rest, 0)
     finish = np.maximum(
-        (total + items * overhead) / slots,
-        np.ceil(full_items / slots) * (chunks + overhead),
+        (total + (wholes + rests) * overhead) / slots, waves * (chunks + overhead) + another
     )
     best = int(finish.argmin())
     return int(chunks[best]) if finish[best] < unsplit else None

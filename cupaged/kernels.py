@@ -21,11 +21,14 @@ KERNEL_NAME = "cupaged_prefill"
 #: The oldest NVRTC whose C++17 and sm_90a the sources were compiled with.
 MIN_NVRTC = (12, 0)
 
+_NVRTC_WHEELS = "nvidia-cuda-nvrtc-cu12 (for cupy-cuda12x) or nvidia-cuda-nvrtc (cupy-cuda13x)"
+
 _OPTIONS = ("-std=c++17", "-lineinfo")
 _HASH_CHARS = 32
 
 _locks: defaultdict[tuple[KernelConfig, int], threading.Lock] = defaultdict(threading.Lock)
-_loaded: dict[tuple[KernelConfig, int], Any] = {}
+# The kernel, kept alive, and its CUfunction.
+_loaded: dict[tuple[KernelConfig, int], tuple[Any, int]] = {}
 
 
 def configurations(arch: int) -> Iterator[KernelConfig]:
@@ -65,17 +68,19 @@ def nvrtc() -> Any:
         reason = str(error).strip().splitlines()[0]
         raise BackendUnavailableError(
             f"the CUDA backend needs NVRTC, which CuPy can't load ({reason}): "
-            "pip install nvidia-cuda-nvrtc-cu12 for cupy-cuda12x, nvidia-cuda-nvrtc for cupy-cuda13x"
+            f"pip install {_NVRTC_WHEELS}"
         ) from error
     if version < MIN_NVRTC:
         raise BackendUnavailableError(
             f"NVRTC is {_dotted(version)}, expected at least {_dotted(MIN_NVRTC)}: "
-            "pip install --upgrade nvidia-cuda-nvrtc-cu12"
+            f"pip install --upgrade {_NVRTC_WHEELS}"
         )
     return binding
 
 
-def compile_cubin(config: KernelConfig, arch: int, extra: tuple[str, ...] = ()) -> tuple[bytes, str]:
+def compile_cubin(
+    config: KernelConfig, arch: int, extra: tuple[str, ...] = ()
+) -> tuple[bytes, str]:
     """Compile one configuration. Needs NVRTC, but neither a GPU nor a driver.
 
     Parameters
@@ -101,7 +106,7 @@ def compile_cubin(config: KernelConfig, arch: int, extra: tuple[str, ...] = ()) 
     if arch not in binding.getSupportedArchs():
         raise BackendUnavailableError(
             f"NVRTC {_dotted(binding.getVersion())} can't compile for compute capability "
-            f"{arch // 10}.{arch % 10}: install a newer nvidia-cuda-nvrtc wheel"
+            f"{arch // 10}.{arch % 10}: pip install --upgrade {_NVRTC_WHEELS}"
         )
     program = binding.createProgram(source.render(config), f"{config.name}.cu", [], [])
     try:
@@ -128,24 +133,25 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "cupaged"
 
 
-def _private_folder() -> Path:
+def private_folder() -> Path:
     """The cache folder, made and found to be the user's alone; else a new one for this process."""
     folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hasattr(os, "getuid"):
-            status = folder.stat()
-            # Another user who can write here could hand this one any code to run.
-            if status.st_uid != os.getuid() or status.st_mode & 0o022:
-                return _process_folder()
-        return folder if os.access(folder, os.W_OK | os.X_OK) else _process_folder()
+        # Another user who can write here could hand this one any code to run.
+        status = folder.stat()
+        mine = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+        if mine and not status.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK):
+            return folder
     except OSError:
-        return _process_folder()
+        pass
+    return Path(_process_folder().name)
 
 
 @lru_cache(maxsize=1)
-def _process_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="cupaged-"))
+def _process_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that goes with the process."""
+    return tempfile.TemporaryDirectory(prefix="cupaged-")
 
 
 def _key(config: KernelConfig, arch: int) -> str:
@@ -164,7 +170,7 @@ def find_cached(config: KernelConfig, arch: int) -> Path | None:
     An entry's name holds the key of its source and the digest of its content, so that one that
     was damaged doesn't match its name, and is no entry.
     """
-    for path in _private_folder().glob(f"{config.name}-{_key(config, arch)}-*.cubin"):
+    for path in private_folder().glob(f"{config.name}-{_key(config, arch)}-*.cubin"):
         try:
             if path.stem.endswith(f"-{_digest(path.read_bytes())}"):
                 return path
@@ -175,7 +181,7 @@ def find_cached(config: KernelConfig, arch: int) -> Path | None:
 
 def _store(config: KernelConfig, arch: int, cubin: bytes) -> Path:
     """Write a cubin under its final name in one step, whoever else is writing it."""
-    folder = _private_folder()
+    folder = private_folder()
     path = folder / f"{config.name}-{_key(config, arch)}-{_digest(cubin)}.cubin"
     descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
     try:
@@ -194,28 +200,28 @@ def cubin_path(config: KernelConfig, arch: int) -> Path:
     return found if found is not None else _store(config, arch, compile_cubin(config, arch)[0])
 
 
-def load(config: KernelConfig, arch: int, device: int) -> Any:
-    """The kernel as a `cupy.RawKernel`, loaded on CUDA device `device`, the current one.
+def load(config: KernelConfig, arch: int, device: int) -> int:
+    """The kernel's `CUfunction`, loaded on CUDA device `device`, the current one.
 
     Compiled at most once, however many threads ask for it at the same time.
     """
     key = (config, device)
-    kernel = _loaded.get(key)
-    if kernel is None:
+    found = _loaded.get(key)
+    if found is None:
         with _locks[key]:
-            kernel = _loaded.get(key)
-            if kernel is None:
-                kernel = _loaded[key] = _load(config, arch)
-    return kernel
+            found = _loaded.get(key)
+            if found is None:
+                found = _loaded[key] = _load(config, arch)
+    return found[1]
 
 
-def _load(config: KernelConfig, arch: int) -> Any:
+def _load(config: KernelConfig, arch: int) -> tuple[Any, int]:
     import cupy
 
     module = cupy.RawModule(path=str(cubin_path(config, arch)))
     kernel = module.get_function(KERNEL_NAME)
     kernel.max_dynamic_shared_size_bytes = config.shared_bytes
-    return kernel
+    return kernel, kernel.kernel.ptr
 
 
 def _dotted(version: tuple[int, ...]) -> str:

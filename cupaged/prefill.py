@@ -234,7 +234,7 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
         pages, highest = validate.page_indices(
             arrays.import_index(paged_kv_indices, "paged_kv_indices"), lengths
         )
-        validate.warn_of_mistakes(spec, lengths, pages)
+        validate.warn_of_mistakes(spec, lengths, pages, highest)
         device, stream = self._planning_place(
             qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
         )
@@ -242,10 +242,10 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
             spec, lengths, backend_room.device_model(device), fixed_split_size, disable_split_kv
         )
         if self._workspace is not None:
-            validate_run.workspace_size(self._workspace, backend_room.workspace_bytes(built))
+            validate_run.workspace_size(self._workspace, built.workspace_bytes)
         plan = backend_room.Plan(built, pages, highest, self._workspace)
         if device is not None:
-            with backend_room.on(device, stream):
+            with arrays.on(device, stream):
                 on_device = plan.on_device(device)
                 if not non_blocking:
                     on_device.wait()
@@ -334,20 +334,25 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
         plan = self._plan
         if plan is None:
             raise RuntimeError("run() before plan()")
-        _check_unserved(
-            lse_layout,
-            enable_pdl,
-            window_left,
-            sinks,
-            kv_cache_sf,
-            skip_softmax_threshold_scale_factor,
-            use_fp16_softmax,
-            uses_spcompress,
-        )
+        if not (
+            sinks is kv_cache_sf is skip_softmax_threshold_scale_factor is window_left is None
+            and enable_pdl is use_fp16_softmax is uses_spcompress is None
+            and lse_layout == "NH"
+        ):
+            _refuse_unserved(
+                sinks,
+                kv_cache_sf,
+                skip_softmax_threshold_scale_factor,
+                window_left,
+                enable_pdl,
+                use_fp16_softmax,
+                uses_spcompress,
+                lse_layout,
+            )
         spec = plan.schedule.spec
         nnz_qo = plan.schedule.lengths.nnz_qo
         queries = arrays.import_tensor(q, "q")
-        keys, values = validate_run.cache(_import_cache(paged_kv_cache), spec)
+        keys, values = validate_run.cache(_import_cache(paged_kv_cache, q), spec)
         validate_run.query(queries, spec, nnz_qo)
         device = validate_run.one_device(queries, keys, values)
         validate_run.backend_serves(self._backend, device)
@@ -370,17 +375,18 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
         rows = (nnz_qo, spec.num_qo_heads)
         result, result_lse = None, None
         if out is not None:
-            result = arrays.import_tensor(arrays.writable(out, "out"), "out")
+            result = arrays.import_tensor(arrays.writable(out, "out"), "out", q)
             validate_run.given(result, "out", (*rows, spec.head_dim), queries.dtype, device)
         if lse is not None:
-            result_lse = arrays.import_tensor(arrays.writable(lse, "lse"), "lse")
+            result_lse = arrays.import_tensor(arrays.writable(lse, "lse"), "lse", q)
             validate_run.given(result_lse, "lse", rows, DTYPES["float32"], device)
-        stream = 0 if device is None else arrays.caller_stream(q)
-        with backend_room.on(device, stream):
+        with arrays.on(device, arrays.caller_stream(q, device)):
             if result is None:
-                result = arrays.empty((*rows, spec.head_dim), queries.dtype, queries)
+                result, out = arrays.allocate_output(
+                    (*rows, spec.head_dim), queries.dtype, queries, q
+                )
             if result_lse is None and want_lse:
-                result_lse = arrays.empty(rows, DTYPES["float32"], queries)
+                result_lse, lse = arrays.allocate_output(rows, DTYPES["float32"], queries, q)
             if nnz_qo:
                 plan.run(device, (queries, keys, values, result, result_lse), factors)
             if out is None:
@@ -406,37 +412,38 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
         return explain(self._plan.schedule)
 
 
-def _import_cache(paged_kv_cache: Any) -> Any:
+def _import_cache(paged_kv_cache: Any, q: Any) -> Any:
+    """K and V, or both stacked, ordered behind what is pending on their owners' streams."""
     if isinstance(paged_kv_cache, tuple | list):
         if len(paged_kv_cache) != 2:
             raise ValueError(
                 f"paged_kv_cache has {len(paged_kv_cache)} arrays, expected two: (k, v)"
             )
         k, v = paged_kv_cache
-        return arrays.import_tensor(k, "k cache"), arrays.import_tensor(v, "v cache")
-    return arrays.import_tensor(paged_kv_cache, "paged_kv_cache")
+        return arrays.import_tensor(k, "k cache", q), arrays.import_tensor(v, "v cache", q)
+    return arrays.import_tensor(paged_kv_cache, "paged_kv_cache", q)
 
 
-def _check_unserved(
-    lse_layout: str,
-    enable_pdl: bool | None,
-    window_left: int | None,
+def _refuse_unserved(
     sinks: Any,
     kv_cache_sf: Any,
     skip_softmax_threshold_scale_factor: float | None,
+    window_left: int | None,
+    enable_pdl: bool | None,
     use_fp16_softmax: bool | None,
     uses_spcompress: bool | None,
+    lse_layout: str,
 ) -> None:
     validate.unserved(
         {
-            "lse_layout": (lse_layout, "NH"),
-            "enable_pdl": (enable_pdl or None, None),
-            "window_left": (None if window_left == -1 else window_left, None),
             "sinks": (sinks, None),
             "kv_cache_sf": (kv_cache_sf, None),
             "skip_softmax_threshold_scale_factor": (skip_softmax_threshold_scale_factor, None),
+            "window_left": (None if window_left == -1 else window_left, None),
+            "enable_pdl": (enable_pdl or None, None),
             "use_fp16_softmax": (use_fp16_softmax or None, None),
             "uses_spcompress": (uses_spcompress or None, None),
+            "lse_layout": (lse_layout, "NH"),
         },
         "run()",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,12 @@ import numpy.typing as npt
 from cupaged import heuristics
 from cupaged.spec import ITEM_DTYPE, REQUEST_DTYPE, AttentionSpec, DeviceModel, KernelConfig
 
-IntArray = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int32]
+
+_REQUEST_FIELDS = REQUEST_DTYPE.itemsize // 4
+_ITEM_FIELDS = ITEM_DTYPE.itemsize // 4
+_UINT16_MAX = 2**16 - 1
+_MAX_SPLIT = 2**30  # no request has more keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +25,8 @@ class Lengths:
 
     Attributes
     ----------
-    qo_indptr, paged_kv_indptr : int64 [batch + 1]
-    qo_len, kv_len : int64 [batch]
+    qo_indptr, paged_kv_indptr : int32 [batch + 1]
+    qo_len, kv_len : int32 [batch]
     """
 
     qo_indptr: IntArray
@@ -58,6 +64,14 @@ class Launch:
     num_partials: int
     num_merges: int
 
+    def num_partial_rows(self, spec: AttentionSpec) -> int:
+        """Rows of all partial states."""
+        return self.num_partials * spec.num_kv_heads * self.config.cta_tile_q
+
+    def partial_bytes(self, spec: AttentionSpec) -> int:
+        """Bytes of all partial states: float32, an output row and an LSE for each row."""
+        return self.num_partial_rows(spec) * (spec.head_dim + 1) * 4
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -79,6 +93,11 @@ class Schedule:
     lengths: Lengths
     requests: npt.NDArray[np.void]
     launches: tuple[Launch, ...]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of partial states; the launches, one after the other, share them."""
+        return max((launch.partial_bytes(self.spec) for launch in self.launches), default=0)
 
 
 def build(
@@ -103,81 +122,86 @@ def build(
     disable_split_kv : bool
         Never split.
     """
-    requests = np.empty(len(lengths.qo_len), REQUEST_DTYPE)
-    requests["qo_begin"] = lengths.qo_indptr[:-1]
-    requests["qo_len"] = lengths.qo_len
-    requests["kv_len"] = lengths.kv_len
-    requests["page_begin"] = lengths.paged_kv_indptr[:-1]
-    packed_len = lengths.qo_len * spec.gqa_group_size
+    requests = np.empty((len(lengths.qo_len), _REQUEST_FIELDS), np.int32)
+    requests[:, 0] = lengths.qo_indptr[:-1]
+    requests[:, 1] = lengths.qo_len
+    requests[:, 2] = lengths.kv_len
+    requests[:, 3] = lengths.paged_kv_indptr[:-1]
     aligned = heuristics.page_aligned(spec.page_size)
-    configs = {
-        shape: heuristics.kernel_config(device.arch, spec.dtype, spec.head_dim, aligned, shape)
-        for shape in heuristics.SHAPES
-    }
-    fixed = fixed_split_size is not None or disable_split_kv
-    short = heuristics.choose_shapes(
-        packed_len,
-        lengths.kv_len,
-        spec.num_kv_heads,
-        heuristics.slots(configs["long"], device),
-        by_request=fixed,
-    )
     launches = []
-    for shape, chosen in (("long", ~short), ("short", short)):
-        members = np.flatnonzero(chosen & (packed_len > 0))
-        if len(members) == 0:
-            continue
-        config = configs[shape]
-        tiles = _query_tiles(spec, lengths, packed_len, members, config.cta_tile_q)
-        num_slots = heuristics.slots(config, device)
-        if fixed_split_size is not None:
-            split_size = fixed_split_size * spec.page_size
-        elif disable_split_kv:
-            split_size = None
-        else:
-            kv_tiles = -(-tiles.kv_extent // config.cta_tile_kv)
-            chosen_split = heuristics.choose_split(kv_tiles, spec.num_kv_heads, num_slots)
-            split_size = chosen_split and chosen_split * config.cta_tile_kv
-        launches.append(_launch(spec, config, tiles, split_size, num_slots))
-    return Schedule(spec, device, lengths, requests, tuple(launches))
+    if lengths.nnz_qo:
+        packed_len = lengths.qo_len * spec.gqa_group_size
+        # Bits may depend on the batch only where the caller has not asked that they don't.
+        by_request = fixed_split_size is not None or disable_split_kv
+        long_config = heuristics.kernel_config(
+            device.arch, spec.dtype, spec.head_dim, aligned, "long"
+        )
+        members = heuristics.choose_shapes(
+            packed_len,
+            lengths.kv_len,
+            spec.num_kv_heads,
+            heuristics.slots(long_config, device),
+            by_request,
+        )
+        for shape, chosen in members.items():
+            config = heuristics.kernel_config(
+                device.arch, spec.dtype, spec.head_dim, aligned, shape
+            )
+            tiles = _query_tiles(spec, lengths, packed_len, chosen, config)
+            slots = heuristics.slots(config, device)
+            if fixed_split_size is not None:
+                split_size = min(fixed_split_size * spec.page_size, _MAX_SPLIT)
+            elif disable_split_kv:
+                split_size = None
+            else:
+                split_size = heuristics.choose_split(tiles.kv_tiles, spec.num_kv_heads, slots)
+                split_size = split_size and split_size * config.cta_tile_kv
+            launches.append(_launch(spec, config, tiles, split_size, slots))
+    return Schedule(
+        spec, device, lengths, requests.view(REQUEST_DTYPE).reshape(-1), tuple(launches)
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _QueryTiles:
-    """int64 [tiles] each: the request, the first packed row, and the keys any row sees."""
+class _QueryTiles(NamedTuple):
+    """Query tiles, longest first: int32 [tiles] each."""
 
     request: IntArray
-    row_begin: IntArray
-    kv_extent: IntArray
-
-
-def _ranges(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """For counts [2, 3]: owners [0, 0, 1, 1, 1] and positions [0, 1, 0, 1, 2]."""
-    ends = counts.cumsum()
-    owners = np.arange(len(counts)).repeat(counts)
-    positions = np.arange(len(owners)) - (ends - counts)[owners]
-    return owners, positions
+    row_begin: IntArray  # first packed row
+    kv_extent: IntArray  # keys that any row sees
+    kv_tiles: IntArray  # the same in KV tiles, rounded up
 
 
 def _query_tiles(
     spec: AttentionSpec,
     lengths: Lengths,
     packed_len: IntArray,
-    members: IntArray,
-    cta_tile_q: int,
+    chosen: IntArray | None,
+    config: KernelConfig,
 ) -> _QueryTiles:
-    packed = packed_len[members]
-    owners, positions = _ranges(-(-packed // cta_tile_q))
-    request = members[owners]
-    row_begin = positions * cta_tile_q
-    kv_len = lengths.kv_len[request]
-    if not spec.causal:
-        return _QueryTiles(request, row_begin, kv_len)
-    # The tile's last row sees the most keys: up to kv_len - qo_len + its query, inclusive.
-    last_row = np.minimum(row_begin + cta_tile_q, packed[owners]) - 1
-    last_query = last_row // spec.gqa_group_size
-    seen = kv_len - lengths.qo_len[request] + last_query + 1
-    return _QueryTiles(request, row_begin, np.maximum(seen, 0))
+    """The query tiles of the chosen requests, of all where None."""
+    cta_tile_q = config.cta_tile_q
+    qo_len, kv_len = lengths.qo_len, lengths.kv_len
+    if chosen is not None:
+        packed_len, qo_len, kv_len = packed_len[chosen], qo_len[chosen], kv_len[chosen]
+    counts = -(-packed_len // cta_tile_q)
+    ends = counts.cumsum(dtype=np.int32)
+    # A tile's request, and its row_begin: its place among all tiles less where its request began.
+    owner = np.arange(len(counts), dtype=np.int32).repeat(counts)
+    row_begin = np.arange(0, len(owner) * cta_tile_q, cta_tile_q, np.int32)
+    row_begin -= ((ends - counts) * cta_tile_q)[owner]
+    if spec.causal:
+        # The tile's last row sees the most keys: up to kv_len - qo_len + its query, inclusive.
+        extent = np.minimum(row_begin + (cta_tile_q - 1), (packed_len - 1)[owner])
+        if spec.gqa_group_size > 1:
+            extent //= spec.gqa_group_size
+        extent += (kv_len - qo_len + 1)[owner]
+        np.maximum(extent, 0, out=extent)
+    else:
+        extent = kv_len[owner]
+    kv_tiles = -(-extent // config.cta_tile_kv)
+    order = _longest_first(kv_tiles)
+    request = owner if chosen is None else chosen[owner]
+    return _QueryTiles(request[order], row_begin[order], extent[order], kv_tiles[order])
 
 
 def _launch(
@@ -185,38 +209,45 @@ def _launch(
     config: KernelConfig,
     tiles: _QueryTiles,
     split_size: int | None,
-    num_slots: int,
+    slots: int,
 ) -> Launch:
-    num_tiles = len(tiles.request)
+    """Items of query tiles, each cut into splits of `split_size` keys, longest first."""
     num_partials = num_merges = 0
-    if split_size is None or int(tiles.kv_extent.max()) <= split_size:
-        fields = np.zeros((num_tiles, len(ITEM_DTYPE)), np.int32)
+    if split_size is None or int(np.maximum.reduce(tiles.kv_extent)) <= split_size:
+        fields = np.zeros((len(tiles.request), _ITEM_FIELDS), np.int32)
         fields[:, 0] = tiles.request
         fields[:, 1] = tiles.row_begin
         fields[:, 3] = tiles.kv_extent
         fields[:, 5] = 1
-        work = tiles.kv_extent
     else:
         # A tile without keys still has one split, which writes its zeros.
         num_splits = np.maximum(-(-tiles.kv_extent // split_size), 1)
-        owners, split = _ranges(num_splits)
+        ends = num_splits.cumsum()
+        owner = np.arange(len(num_splits)).repeat(num_splits)
+        split = np.arange(len(owner)) - (ends - num_splits)[owner]
         is_split = num_splits > 1
         partials = np.where(is_split, num_splits, 0)
         merges = is_split.cumsum()
         num_partials, num_merges = int(partials.sum()), int(merges[-1])
-        kv_begin = split * split_size
-        kv_end = np.minimum(kv_begin + split_size, tiles.kv_extent[owners])
-        fields = np.empty((len(owners), len(ITEM_DTYPE)), np.int32)
-        fields[:, 0] = tiles.request[owners]
-        fields[:, 1] = tiles.row_begin[owners]
-        fields[:, 2] = kv_begin
-        fields[:, 3] = kv_end
+        fields = np.empty((len(owner), _ITEM_FIELDS), np.int32)
+        fields[:, 0] = tiles.request[owner]
+        fields[:, 1] = tiles.row_begin[owner]
+        fields[:, 2] = split * split_size
+        fields[:, 3] = np.minimum(fields[:, 2] + split_size, tiles.kv_extent[owner])
         fields[:, 4] = split
-        fields[:, 5] = num_splits[owners]
-        fields[:, 6] = (partials.cumsum() - partials)[owners]
-        fields[:, 7] = (merges - is_split)[owners]
-        work = kv_end - kv_begin
-    order = np.argsort(-work, kind="stable")
-    items = fields[order].view(ITEM_DTYPE).reshape(-1)
-    grid = min(num_slots, len(items) * spec.num_kv_heads)
+        fields[:, 5] = num_splits[owner]
+        fields[:, 6] = (partials.cumsum() - partials)[owner]
+        fields[:, 7] = (merges - is_split)[owner]
+        kv_tiles = -(-(fields[:, 3] - fields[:, 2]) // config.cta_tile_kv)
+        fields = fields.take(_longest_first(kv_tiles), axis=0)
+    items = fields.view(ITEM_DTYPE).reshape(-1)
+    grid = min(slots, len(items) * spec.num_kv_heads)
     return Launch(config, items, grid, num_partials, num_merges)
+
+
+def _longest_first(kv_tiles: IntArray) -> npt.NDArray[np.intp]:
+    """The order by descending KV tiles, equal ones as they come."""
+    longest = int(np.maximum.reduce(kv_tiles))
+    # NumPy sorts 16-bit integers by radix, several times as fast as wider ones.
+    key = np.uint16 if longest <= _UINT16_MAX else np.int32
+    return (longest - kv_tiles).astype(key).argsort(kind="stable")

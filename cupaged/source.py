@@ -7,7 +7,7 @@ changed header can't be served from an old cache entry.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from cupaged.spec import DEVICE_STRUCTS, KernelConfig, field_offset
@@ -87,7 +87,7 @@ def _inline(name: str, seen: set[str]) -> list[str]:
     return lines
 
 
-@lru_cache(maxsize=None)
+@cache
 def _inlined(family: str) -> str:
     return "\n".join(_inline(f"{family}.cu", set())) + "\n"
 

@@ -206,6 +206,7 @@ PARAMS_DTYPE = np.dtype(
         (divisor, np.uint32)
         for divisor in ("group_magic", "group_shift", "page_magic", "page_shift")
     ]
+    + [("negate_logits", np.int32)]
     + [(factor, np.float32) for factor in ("logit_scale", "v_scale", "lse_scale")],
     align=True,
 )

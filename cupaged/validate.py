@@ -14,13 +14,17 @@ import numpy.typing as npt
 
 from cupaged.errors import CupagedWarning
 from cupaged.schedule import Lengths
-from cupaged.spec import DTYPES, SERVED_DTYPES, SERVED_HEAD_DIMS, AttentionSpec, KVLayout
+from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, AttentionSpec, KVLayout
 
 HostIndex = npt.NDArray[Any]
+IntArray = npt.NDArray[np.int32]
 
 _POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
-#: Packed rows are counted in int32, up to the end of the last tile.
-_MAX_PACKED_ROWS = 2**31 - 256
+_INT32_MAX = 2**31 - 1
+_BLOCK = 4096
+#: Packed rows and keys are counted in int32, the spare ones of the last tile or split too. More
+#: would not fit the memory of any GPU.
+_MAX_ROWS = _MAX_KEYS = 2**30
 
 
 def positive_int(value: object, name: str) -> int:
@@ -30,6 +34,8 @@ def positive_int(value: object, name: str) -> int:
     ------
     TypeError, ValueError
     """
+    if type(value) is int and value >= 1:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} is {_what(value)}, expected an int")
     if value < 1:
@@ -39,7 +45,7 @@ def positive_int(value: object, name: str) -> int:
 
 def flag(value: object, name: str) -> bool:
     """`value` as a bool."""
-    if not isinstance(value, bool | np.bool_):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} is {_what(value)}, expected a bool")
     return bool(value)
 
@@ -100,7 +106,9 @@ def attention_spec(
             f"num_qo_heads = {qo_heads}, expected a multiple of num_kv_heads = {kv_heads}"
         )
     if head_dim not in SERVED_HEAD_DIMS:
-        raise NotImplementedError(f"head_dim_qk = {head_dim}, served are {_listed(SERVED_HEAD_DIMS)}")
+        raise NotImplementedError(
+            f"head_dim_qk = {head_dim}, served are {_listed(SERVED_HEAD_DIMS)}"
+        )
     if head_dim_out != head_dim:
         raise NotImplementedError(
             f"head_dim_vo = {head_dim_out} differs from head_dim_qk = {head_dim}, "
@@ -132,21 +140,23 @@ def pos_encoding_mode(value: object) -> None:
     unserved({"pos_encoding_mode": (mode, "NONE")}, "plan()")
 
 
-def _indptr(indptr: HostIndex, name: str) -> tuple[HostIndex, HostIndex]:
-    """An indptr array's values and differences, as int64."""
+def _indptr(indptr: HostIndex, name: str) -> tuple[IntArray, IntArray]:
+    """An indptr array's values and differences, as int32."""
     if indptr.ndim != 1 or len(indptr) == 0:
         raise ValueError(f"{name} has shape {indptr.shape}, expected (batch + 1,)")
     if indptr[0] != 0:
         raise ValueError(f"{name}[0] = {indptr[0]}, expected 0")
-    values = indptr.astype(np.int64)
-    counts = values[1:] - values[:-1]
-    if len(counts) and counts.min() < 0:
-        r = int((counts < 0).argmax())
+    decreasing = indptr[1:] < indptr[:-1]
+    if np.logical_or.reduce(decreasing):
+        r = int(decreasing.argmax())
         raise ValueError(
-            f"{name}[{r + 1}] = {values[r + 1]} (end of request {r}), "
-            f"expected at least {values[r]} = {name}[{r}]"
+            f"{name}[{r + 1}] = {indptr[r + 1]} (end of request {r}), "
+            f"expected at least {indptr[r]} = {name}[{r}]"
         )
-    return values, counts
+    if indptr[-1] > _INT32_MAX:
+        raise ValueError(f"{name}[{len(indptr) - 1}] = {indptr[-1]}, expected at most {_INT32_MAX}")
+    values = indptr.astype(np.int32)
+    return values, values[1:] - values[:-1]
 
 
 def lengths(
@@ -173,23 +183,25 @@ def lengths(
     batch = len(qo_len)
     if len(pages) != batch:
         raise ValueError(
-            f"paged_kv_indptr has {batch_entries(len(kv))}, expected {batch + 1} = batch + 1: "
-            f"qo_indptr has {batch_entries(len(qo))}"
-        )
-    if paged_kv_last_page_len.shape != (batch,):
-        raise ValueError(
-            f"paged_kv_last_page_len has shape {paged_kv_last_page_len.shape}, "
-            f"expected ({batch},): qo_indptr has {batch_entries(len(qo))}"
-        )
-    if int(qo[-1]) * spec.num_qo_heads > _MAX_PACKED_ROWS:
-        raise ValueError(
-            f"qo_indptr[{batch}] = {qo[-1]} query rows of {spec.num_qo_heads} heads, "
-            f"expected at most {_MAX_PACKED_ROWS} rows times heads in a call"
+            f"paged_kv_indptr has {_entries(len(kv))}, expected {batch + 1} = batch + 1: "
+            f"qo_indptr has {_entries(len(qo))}"
         )
     last = paged_kv_last_page_len
-    # A request without pages may say 0; its length is ignored.
-    lowest = pages > 0
-    if batch and (last.min() < 1 or last.max() > page_size):
+    if last.shape != (batch,):
+        raise ValueError(
+            f"paged_kv_last_page_len has shape {last.shape}, "
+            f"expected ({batch},): qo_indptr has {_entries(len(qo))}"
+        )
+    if batch == 0:
+        return Lengths(qo, kv, qo_len, pages)
+    if int(qo[-1]) * spec.num_qo_heads > _MAX_ROWS:
+        raise ValueError(
+            f"qo_indptr[{batch}] = {qo[-1]} query rows of {spec.num_qo_heads} heads, "
+            f"expected at most {_MAX_ROWS} rows times heads in a call"
+        )
+    if np.minimum.reduce(last) < 1 or np.maximum.reduce(last) > page_size:
+        # A request without pages may say 0; its length is ignored.
+        lowest = pages > 0
         wrong = (last < lowest) | (last > page_size)
         if wrong.any():
             r = int(wrong.argmax())
@@ -197,22 +209,26 @@ def lengths(
                 f"paged_kv_last_page_len[{r}] = {last[r]}, "
                 f"expected {int(lowest[r])}..{page_size} (page_size={page_size})"
             )
-    kv_len = np.where(lowest, (pages - 1) * page_size + last, 0)
-    if batch and kv_len.max() > _MAX_PACKED_ROWS:
-        r = int(kv_len.argmax())
+    most_pages = int(np.maximum.reduce(pages))
+    if most_pages * page_size > _MAX_KEYS:
+        r = int(pages.argmax())
         raise ValueError(
-            f"paged_kv_indptr: request {r} has {kv_len[r]} keys, "
-            f"expected at most {_MAX_PACKED_ROWS}"
+            f"paged_kv_indptr: request {r} has {most_pages} pages of {page_size} tokens, "
+            f"expected at most {_MAX_KEYS} tokens"
         )
+    kv_len = (pages - np.int32(1)) * np.int32(page_size) + last.astype(np.int32)
+    if np.minimum.reduce(pages) == 0:
+        kv_len[pages == 0] = 0
     return Lengths(qo, kv, qo_len, kv_len)
 
 
-def page_indices(indices: HostIndex, lengths: Lengths) -> tuple[HostIndex, int]:
+def page_indices(indices: HostIndex, lengths: Lengths) -> tuple[IntArray, int]:
     """Check the page table as far as it can be without the cache.
 
     Returns
     -------
     indices : int32 [paged_kv_indptr[-1]]
+        A copy.
     highest : int
         The highest page number, -1 where there is none.
     """
@@ -221,19 +237,19 @@ def page_indices(indices: HostIndex, lengths: Lengths) -> tuple[HostIndex, int]:
         raise ValueError(f"paged_kv_indices has shape {indices.shape}, expected one axis")
     if len(indices) < needed:
         raise ValueError(
-            f"paged_kv_indices has {batch_entries(len(indices))}, "
+            f"paged_kv_indices has {_entries(len(indices))}, "
             f"expected at least {needed} = paged_kv_indptr[-1]"
         )
     if needed == 0:
         return np.empty(0, np.int32), -1
     indices = indices[:needed]
-    if indices.min() < 0:
+    if np.minimum.reduce(indices) < 0:
         i = int((indices < 0).argmax())
         raise ValueError(f"{_page(indices, i, lengths)}, expected at least 0")
-    highest = int(indices.max())
-    if highest > np.iinfo(np.int32).max:
+    highest = int(np.maximum.reduce(indices))
+    if highest > _INT32_MAX:
         i = int(indices.argmax())
-        raise ValueError(f"{_page(indices, i, lengths)}, expected at most {2**31 - 1}")
+        raise ValueError(f"{_page(indices, i, lengths)}, expected at most {_INT32_MAX}")
     return indices.astype(np.int32), highest
 
 
@@ -247,11 +263,13 @@ def page_range(indices: HostIndex, highest: int, lengths: Lengths, num_pages: in
         )
 
 
-def warn_of_mistakes(spec: AttentionSpec, lengths: Lengths, indices: HostIndex) -> None:
+def warn_of_mistakes(
+    spec: AttentionSpec, lengths: Lengths, indices: IntArray, highest: int
+) -> None:
     """Warn of input that is legal and almost surely not meant."""
     if spec.causal:
         short = lengths.qo_len > lengths.kv_len
-        if short.any():
+        if np.logical_or.reduce(short):
             r = int(short.argmax())
             qo_len, kv_len = int(lengths.qo_len[r]), int(lengths.kv_len[r])
             others = int(np.count_nonzero(short)) - 1
@@ -263,15 +281,16 @@ def warn_of_mistakes(spec: AttentionSpec, lengths: Lengths, indices: HostIndex) 
                 CupagedWarning,
                 stacklevel=3,
             )
-    _warn_of_repeated_pages(lengths, indices)
+    _warn_of_repeated_pages(lengths, indices, highest)
 
 
-def _warn_of_repeated_pages(lengths: Lengths, indices: HostIndex) -> None:
+def _warn_of_repeated_pages(lengths: Lengths, indices: IntArray, highest: int) -> None:
     if len(indices) < 2:
         return
     # The cheap question first: does any page occur twice in the batch at all?
-    seen = np.zeros(int(indices.max()) + 1, np.bool_)
-    seen[indices] = True
+    seen = np.zeros(highest + 1, np.bool_)
+    for begin in range(0, len(indices), _BLOCK):  # small enough to stay in the cache
+        seen[indices[begin : begin + _BLOCK].astype(np.intp)] = True
     if np.count_nonzero(seen) == len(indices):
         return
     pages = np.diff(lengths.paged_kv_indptr)
@@ -304,7 +323,7 @@ def _and_others(count: int) -> str:
     return f" (and {count} more requests like it)" if count else ""
 
 
-def batch_entries(count: int) -> str:
+def _entries(count: int) -> str:
     """A count of entries in words."""
     return f"{count} entry" if count == 1 else f"{count} entries"
 
@@ -320,10 +339,3 @@ def _what(value: object) -> str:
 
 def _short(value: object) -> str:
     return repr(value) if isinstance(value, bool | int | float | str) else _what(value)
-
-
-def data_type(name: str, argument: str) -> str:
-    """A dtype's name that the library knows."""
-    if name not in DTYPES:
-        raise TypeError(f"{argument} = {name!r}, expected one of {_listed(tuple(DTYPES))}")
-    return name

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupaged import arrays
-from cupaged.spec import AttentionSpec
+from cupaged.spec import DTYPES, AttentionSpec
 
 
 def _shape_words(spec: AttentionSpec, stacked: bool) -> str:
@@ -73,7 +73,7 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any]:
 
 
 def _check_dtype(array: Any, spec: AttentionSpec, name: str, argument: str) -> None:
-    if array.dtype.name != spec.dtype:
+    if array.dtype != DTYPES[spec.dtype]:
         raise TypeError(f"{name} is {array.dtype.name}, expected {argument} = {spec.dtype}")
 
 

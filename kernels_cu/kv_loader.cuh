@@ -17,22 +17,20 @@ struct KvLoader {
     // Strides and divisors are read from the parameters where they are used, since constant memory
     // costs nothing and registers are short.
     const Params& p;
-    const u16* k;    // of the KV head and the lane's chunk: [num_pages, page_size] rows
-    const u16* v;    // the same
+    int kv_head;
     int page_begin;  // where the request's pages begin in page_indices
     int kv_end;      // keys from here on are filled with zeros
     int warp_row;    // the warp's first row of every tile
-    u32 offset;      // lane's place in a tile
+    u32 target;      // where the lane copies to in the first stage's K tile
     int page;        // of the next tile: page of the key this lane looks up
     int in_page;     // and the key's place in it
 
-    __device__ __forceinline__ KvLoader(const Params& p, const Request& request, const Item& item,
-                                        int kv_head, int warp, int lane)
-        : p(p), k(p.k + kv_head * p.k_stride_head + lane % ROW_CHUNKS * 8),
-          v(p.v + kv_head * p.v_stride_head + lane % ROW_CHUNKS * 8),
-          page_begin(request.page_begin), kv_end(item.kv_end),
-          warp_row(warp * ROWS_PER_WARP), offset(copy_offset(warp * ROWS_PER_WARP, lane)) {
-        look_up(item.kv_begin, lane);
+    __device__ __forceinline__ KvLoader(const Params& p, const Work& work, u32 stages, int warp,
+                                        int lane)
+        : p(p), kv_head(work.kv_head), page_begin(work.request.page_begin), kv_end(work.item.kv_end),
+          warp_row(warp * ROWS_PER_WARP),
+          target(stages + copy_offset(warp * ROWS_PER_WARP, lane)) {
+        look_up(work.item.kv_begin, lane);
     }
 
     // Finds the page of the key that this lane looks up for the tile that begins at key `begin`.
@@ -47,10 +45,13 @@ struct KvLoader {
         }
     }
 
-    // Starts the copies of the tile that begins at key `begin` to shared addresses k_tile and
-    // v_tile, and looks up the pages of the tile after it.
-    __device__ __forceinline__ void load(int begin, u32 k_tile, u32 v_tile, int lane) {
+    // Starts the copies of the tile that begins at key `begin` to the stage that lies `stage` bytes
+    // after the first, K before V, and looks up the pages of the tile after it.
+    __device__ __forceinline__ void load(int begin, u32 stage, int lane) {
         const int lane_row = lane / ROW_CHUNKS;
+        // Of the KV head and the lane's chunk: [num_pages, page_size] rows.
+        const u16* k = p.k + kv_head * p.k_stride_head + lane % ROW_CHUNKS * 8;
+        const u16* v = p.v + kv_head * p.v_stride_head + lane % ROW_CHUNKS * 8;
         const u16* k_row = k + page * p.k_stride_page + (in_page + lane_row) * p.k_stride_token;
         const u16* v_row = v + page * p.v_stride_page + (in_page + lane_row) * p.v_stride_token;
 #pragma unroll
@@ -63,8 +64,9 @@ struct KvLoader {
                 k_row = k + row_page * p.k_stride_page + row_in_page * p.k_stride_token;
                 v_row = v + row_page * p.v_stride_page + row_in_page * p.v_stride_token;
             }
-            cp_async_16(k_tile + copy_pass(offset, pass), k_row, bytes);
-            cp_async_16(v_tile + copy_pass(offset, pass), v_row, bytes);
+            const u32 row_target = copy_pass(target + stage, pass);
+            cp_async_16(row_target, k_row, bytes);
+            cp_async_16(row_target + CTA_TILE_KV * ROW_BYTES, v_row, bytes);
             if (PAGE_ALIGNED) {
                 k_row += ROWS_PER_PASS * p.k_stride_token;
                 v_row += ROWS_PER_PASS * p.v_stride_token;

@@ -9,10 +9,10 @@ struct RowMap {
     int packed_begin, packed_len;  // first packed row of the tile; packed rows of the request
     int qo_begin, first_head;      // first row of the request; first query head of the group
 
-    __device__ __forceinline__ RowMap(const Params& p, const Request& request, const Item& item,
-                                      int kv_head)
-        : p(p), packed_begin(item.row_begin), packed_len(request.qo_len * p.gqa_group_size),
-          qo_begin(request.qo_begin), first_head(kv_head * p.gqa_group_size) {}
+    __device__ __forceinline__ RowMap(const Params& p, const Work& work)
+        : p(p), packed_begin(work.item.row_begin),
+          packed_len(work.request.qo_len * p.gqa_group_size), qo_begin(work.request.qo_begin),
+          first_head(work.kv_head * p.gqa_group_size) {}
 
     __device__ __forceinline__ bool valid(int row) const { return packed_begin + row < packed_len; }
 

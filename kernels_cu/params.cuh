@@ -46,9 +46,22 @@ struct Params {
     int num_items, num_kv_heads, gqa_group_size, page_size, causal;
     u32 group_magic, group_shift;  // division by gqa_group_size
     u32 page_magic, page_shift;    // division by page_size
-    float logit_scale;             // sm_scale * q_scale * k_scale * log2(e), never 0
+    int negate_logits;  // the factor of the logits is -logit_scale
+    float logit_scale;  // |sm_scale * q_scale * k_scale| * log2(e), never 0
     float v_scale;
     float lse_scale;  // 1 for base 2, ln(2) for base e
+};
+
+// A piece of work: an item for one KV head. Its numbers are read where they are needed and not
+// kept, since they are not worth registers during the loop over the keys.
+struct Work {
+    Item item;
+    Request request;
+    int kv_head;
+
+    __device__ __forceinline__ Work(const Params& p, int piece)
+        : item(p.items[piece / p.num_kv_heads]), request(p.requests[item.request]),
+          kv_head(piece % p.num_kv_heads) {}
 };
 
 // n / divisor for 0 <= n < 2^31, by a multiplication with ceil(2^(31 + ceil(log2(divisor))) /

@@ -10,9 +10,9 @@ struct Visibility {
     int causal_end;  // first key that the request's query 0 does not see
     int step;        // by how much later queries see more
 
-    __device__ __forceinline__ Visibility(const Params& p, const Request& request, const Item& item)
-        : item_end(item.kv_end),
-          causal_end(p.causal ? request.kv_len - request.qo_len + 1 : request.kv_len),
+    __device__ __forceinline__ Visibility(const Params& p, const Work& work)
+        : item_end(work.item.kv_end),
+          causal_end(work.request.kv_len - (p.causal ? work.request.qo_len - 1 : 0)),
           step(p.causal ? 1 : 0) {}
 
     // The first key, of the item's, that a query of the request no longer sees.
@@ -40,8 +40,8 @@ struct Visibility {
     }
 };
 
-// A negative scale turns the largest product into the smallest logit: flip the products, and the
-// softmax can go on with the scale's magnitude.
+// A negative factor turns the largest product into the smallest logit: flip the products, and the
+// softmax can go on with the factor's magnitude.
 template <int N>
 __device__ __forceinline__ void negate(float (&s)[MMA_Q][N][4]) {
 #pragma unroll

@@ -13,9 +13,11 @@
 constexpr int WARP_KV = CTA_TILE_KV / WARPS_KV;  // keys of a tile that a warp works on
 constexpr int TILE_Q_BYTES = CTA_TILE_Q * ROW_BYTES;
 constexpr int TILE_KV_BYTES = CTA_TILE_KV * ROW_BYTES;
+constexpr int STAGE_BYTES = 2 * TILE_KV_BYTES;
+constexpr int LAST_STAGE = (NUM_STAGES - 1) * STAGE_BYTES;
 static_assert(WARP_KV % 16 == 0, "P.V takes keys by 16");
 static_assert(WARPS_KV == 1 || MMA_Q == 1 && WARPS_Q == 1, "only one 16-row block is shared");
-static_assert(WARPS_KV * CTA_TILE_Q * (HEAD_DIM + 1) * 4 <= 2 * NUM_STAGES * TILE_KV_BYTES ||
+static_assert(WARPS_KV * CTA_TILE_Q * (HEAD_DIM + 1) * 4 <= NUM_STAGES * STAGE_BYTES ||
                   WARPS_KV == 1,
               "the warps' states are merged where the stages were");
 
@@ -136,78 +138,77 @@ __device__ __forceinline__ void write_state(float* out, float* lse, const Output
 }
 
 // The item's loop over its keys, for one KV head: what each warp has of the output and softmax.
-__device__ __forceinline__ void attend(const Params& p, const Item& item, int kv_head, char* shared,
+__device__ __forceinline__ void attend(const Params& p, const Work& work, char* shared,
                                        Output& o, SoftmaxState& state) {
     const int warp = warp_index();
     const int lane = threadIdx.x % WARP_SIZE;
     const int warp_kv = warp % WARPS_KV;
     const int first_row = warp / WARPS_KV * MMA_Q * 16;
-    const Request request = p.requests[item.request];
-    const RowMap rows(p, request, item, kv_head);
-    const Visibility visible(p, request, item);
+    const RowMap rows(p, work);
+    const Visibility visible(p, work);
     const int fewest_keys = visible.kv_end(rows.query(first_row));
-    const int most_keys = visible.kv_end(rows.query(first_row + MMA_Q * 16 - 1));
 
     // Shared memory: Q [CTA_TILE_Q] rows, then NUM_STAGES times K and V [CTA_TILE_KV] rows each.
     const u32 q_tile = shared_address(shared);
     const u32 stages = q_tile + TILE_Q_BYTES;
-    const auto k_stage = [&](int stage) { return stages + stage * 2 * TILE_KV_BYTES; };
-
-    KvLoader loader(p, request, item, kv_head, warp, lane);
-    int begin = item.kv_begin;  // first key of the tile at hand
+    KvLoader loader(p, work, stages, warp, lane);
+    int begin = work.item.kv_begin;  // first key of the tile at hand
     if (begin < loader.kv_end) load_q(rows, q_tile, warp, lane);
 #pragma unroll
     for (int stage = 0; stage < NUM_STAGES - 1; ++stage) {
         const int ahead = begin + stage * CTA_TILE_KV;
-        if (ahead < loader.kv_end)
-            loader.load(ahead, k_stage(stage), k_stage(stage) + TILE_KV_BYTES, lane);
+        if (ahead < loader.kv_end) loader.load(ahead, stage * STAGE_BYTES, lane);
         cp_async_commit();
     }
 
-    const float scale = fabsf(p.logit_scale);
     const u32 q_fragment = q_tile + first_row * ROW_BYTES + fragment_rows_first(lane);
-    const u32 k_fragment = warp_kv * WARP_KV * ROW_BYTES + fragment_columns_first(lane);
-    const u32 v_fragment = TILE_KV_BYTES + warp_kv * WARP_KV * ROW_BYTES + fragment_rows_first(lane);
+    const u32 k_fragment = stages + warp_kv * WARP_KV * ROW_BYTES + fragment_columns_first(lane);
+    const u32 v_fragment =
+        stages + TILE_KV_BYTES + warp_kv * WARP_KV * ROW_BYTES + fragment_rows_first(lane);
 
-    int stage = 0;
+    u32 stage = 0;  // of the tile at hand, in bytes
 #pragma unroll 1
     for (; begin < loader.kv_end; begin += CTA_TILE_KV) {
         cp_async_wait<NUM_STAGES - 2>();
         // This tile has landed for every warp that reads it, and every such warp is done with the
         // tile before, whose stage the next copies overwrite. Warps that divide the keys copy just
         // the keys that they read, but all read the Q that all have copied.
-        if (WARPS_KV == 1 || begin == item.kv_begin)
+        if (WARPS_KV == 1 || begin == work.item.kv_begin)
             __syncthreads();
         else
             __syncwarp();
         const int ahead = begin + (NUM_STAGES - 1) * CTA_TILE_KV;
-        const u32 ahead_stage = k_stage(stage == 0 ? NUM_STAGES - 1 : stage - 1);
         if (ahead < loader.kv_end)
-            loader.load(ahead, ahead_stage, ahead_stage + TILE_KV_BYTES, lane);
+            loader.load(ahead, stage == 0 ? LAST_STAGE : stage - STAGE_BYTES, lane);
         // A group for every tile, empty or not, keeps the count that the wait relies on.
         cp_async_commit();
 
-        const u32 k_tile = k_stage(stage);
-        stage = stage == NUM_STAGES - 1 ? 0 : stage + 1;
+        const u32 k = k_fragment + stage;
+        const u32 v = v_fragment + stage;
+        stage = stage == LAST_STAGE ? 0 : stage + STAGE_BYTES;
         const int first_key = begin + warp_kv * WARP_KV;
-        if (first_key >= most_keys) continue;  // none of the warp's rows sees a key of its share
+        const bool all_visible = first_key + WARP_KV <= fewest_keys;
+        // A warp whose last row sees no key of its share has nothing to do here.
+        if (!all_visible && first_key >= visible.kv_end(rows.query(first_row + MMA_Q * 16 - 1)))
+            continue;
         Logits s;
-        multiply_qk(s, q_fragment, k_tile + k_fragment);
-        if (p.logit_scale < 0.0f) negate(s);
-        if (first_key + WARP_KV > fewest_keys) visible.mask(s, rows, first_row, first_key, lane);
-        state.update(s, o, scale);
-        multiply_pv(o, s, k_tile + v_fragment);
+        multiply_qk(s, q_fragment, k);
+        if (p.negate_logits) negate(s);
+        if (!all_visible) visible.mask(s, rows, first_row, first_key, lane);
+        state.update(s, o, p.logit_scale);
+        multiply_pv(o, s, v);
     }
-    state.finish(o, scale);
+    state.finish(o, p.logit_scale);
 }
 
 // Writes what attend() found: the result, or the split's partial state.
-__device__ __forceinline__ void store(const Params& p, const Item& item, int kv_head, char* shared,
+__device__ __forceinline__ void store(const Params& p, const Work& work, char* shared,
                                       const Output& o, const SoftmaxState& state) {
+    const Item& item = work.item;
     const int warp = warp_index();
     const int lane = threadIdx.x % WARP_SIZE;
-    const RowMap rows(p, p.requests[item.request], item, kv_head);
-    const PartialState partial(p, item.first_partial + item.split, kv_head);
+    const RowMap rows(p, work);
+    const PartialState partial(p, item.first_partial + item.split, work.kv_head);
     if (WARPS_KV > 1) {
         constexpr int STATE_FLOATS = CTA_TILE_Q * HEAD_DIM;
         float* states = reinterpret_cast<float*>(shared + TILE_Q_BYTES);
@@ -228,20 +229,21 @@ __device__ __forceinline__ void store(const Params& p, const Item& item, int kv_
 
 // Counts a split as done. The one that ends last merges them all, so that no second launch has to
 // wait for the slowest.
-__device__ __forceinline__ void merge_splits(const Params& p, const Item& item, int kv_head,
+__device__ __forceinline__ void merge_splits(const Params& p, const Work& work,
                                              int* is_last_split) {
+    const Item& item = work.item;
     __threadfence();  // this thread's part of the state is visible before the counter says so
     __syncthreads();  // ... and so is every thread's
     if (threadIdx.x == 0) {
-        int* counter = p.merge_counters + static_cast<i64>(item.merge) * p.num_kv_heads + kv_head;
+        int* counter = p.merge_counters + static_cast<i64>(item.merge) * p.num_kv_heads + work.kv_head;
         *is_last_split = atomicAdd(counter, 1) == item.num_splits - 1;
         if (*is_last_split) *counter = 0;  // for the next launch; nobody else counts here any more
     }
     __syncthreads();  // all know whether they are last
     if (!*is_last_split) return;
     __threadfence();  // what the counter has counted is visible from here on
-    const RowMap rows(p, p.requests[item.request], item, kv_head);
-    const PartialState first(p, item.first_partial, kv_head);
+    const RowMap rows(p, work);
+    const PartialState first(p, item.first_partial, work.kv_head);
     const i64 heads = p.num_kv_heads;
     merge_states(first.out, first.lse, heads * CTA_TILE_Q * HEAD_DIM, heads * CTA_TILE_Q,
                  item.num_splits, WriteResult{rows});
@@ -250,25 +252,24 @@ __device__ __forceinline__ void merge_splits(const Params& p, const Item& item, 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, CTAS_PER_SM)
     cupaged_prefill(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char shared[];
-    // Two places, so that the next piece can be written while a late thread still reads the last.
-    __shared__ int next_piece[2];
-    __shared__ int is_last_split;
+    // In shared memory and not in registers, which the loop over the keys needs to the last one.
+    __shared__ int piece, is_last_split;
 
-    const int num_pieces = p.num_items * p.num_kv_heads;
-    int parity = 0;
-    for (int piece = blockIdx.x; piece < num_pieces; parity ^= 1) {
-        // Asked for now, needed after the item: the counter's latency is hidden.
-        if (threadIdx.x == 0) next_piece[parity] = gridDim.x + atomicAdd(p.work_counters, 1);
-        const int kv_head = piece % p.num_kv_heads;
-        const Item* item = p.items + piece / p.num_kv_heads;
+    if (threadIdx.x == 0) piece = blockIdx.x;
+    __syncthreads();  // the first piece is known
+    while (piece < p.num_items * p.num_kv_heads) {
         Output o = {};
         SoftmaxState state;
-        // Each step reads the item anew: its fields are not worth registers during the loop.
-        attend(p, *item, kv_head, shared, o, state);
-        store(p, *item, kv_head, shared, o, state);
-        if (item->num_splits > 1) merge_splits(p, *item, kv_head, &is_last_split);
-        __syncthreads();  // the next piece is known, and all are done with the shared memory
-        piece = next_piece[parity];
+        attend(p, Work(p, piece), shared, o, state);
+        // Asked for now, needed when the results are written: the counter's latency is hidden.
+        int next_piece = 0;
+        if (threadIdx.x == 0) next_piece = gridDim.x + atomicAdd(p.work_counters, 1);
+        const Work work(p, piece);
+        store(p, work, shared, o, state);
+        if (work.item.num_splits > 1) merge_splits(p, work, &is_last_split);
+        __syncthreads();  // all are done with the item and the shared memory
+        if (threadIdx.x == 0) piece = next_piece;
+        __syncthreads();  // all see the next piece
     }
     // The last block to leave sets the counters back for the next launch: no other block will
     // ask for work, since each has counted itself out after its last request.

@@ -1,0 +1,281 @@
+"""A plan as text: the batch, and for each launch its tiles, splits, grid and predicted balance."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import numpy.typing as npt
+
+from cupaged import heuristics
+from cupaged.schedule import Launch, Lengths, Schedule
+from cupaged.spec import AttentionSpec
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Pieces of work that are walked one by one; of more, the first are taken as evenly shared out.
+MAX_SIMULATED = 1_000_000
+
+_BAR_WIDTH = 48
+_HISTOGRAM_ROWS = 8
+_LABEL_WIDTH = 10
+
+
+def explain(schedule: Schedule) -> str:
+    """Say in words what a plan will do, and why.
+
+    Times are in units of one KV tile, the cost model's own: a piece of work (an item, for one KV
+    head) takes as many as it has KV tiles, and some more for its beginning and end.
+
+    Parameters
+    ----------
+    schedule : Schedule
+
+    Returns
+    -------
+    str
+        Lines of at most about 100 characters, ASCII, without a newline at the end.
+    """
+    lines = _batch_lines(schedule)
+    if not schedule.launches:
+        lines += ["", "no query rows: nothing is launched"]
+    for number, launch in enumerate(schedule.launches, 1):
+        lines += ["", f"launch {number} of {len(schedule.launches)}: {launch.config.name}"]
+        lines += _launch_lines(schedule, launch)
+    return "\n".join(lines)
+
+
+def piece_costs(launch: Launch, num_kv_heads: int) -> FloatArray:
+    """Predicted time of each piece of work, in the order in which thread blocks take them.
+
+    Parameters
+    ----------
+    launch : Launch
+    num_kv_heads : int
+
+    Returns
+    -------
+    float64 [num_items * num_kv_heads]
+        In KV tiles.
+    """
+    items = launch.items
+    tiles = -(-(items["kv_end"] - items["kv_begin"]) // launch.config.cta_tile_kv)
+    overhead = np.where(
+        items["num_splits"] > 1,
+        heuristics.ITEM_COST + heuristics.SPLIT_COST,
+        heuristics.ITEM_COST,
+    )
+    costs: FloatArray = (tiles + overhead).astype(np.float64).repeat(num_kv_heads)
+    return costs
+
+
+def finish_times(costs: FloatArray, grid: int) -> FloatArray:
+    """When each thread block finishes: block b begins with piece b, who is done takes the next.
+
+    Beyond `MAX_SIMULATED` pieces, those too many are taken off the front and shared out evenly,
+    which is off by less than the longest of them.
+
+    Parameters
+    ----------
+    costs : float64 [pieces]
+    grid : int
+        Thread blocks, at least 1.
+
+    Returns
+    -------
+    float64 [grid]
+        Ascending; in the units of `costs`.
+    """
+    skipped = max(len(costs) - max(MAX_SIMULATED, grid), 0)
+    start = costs[:skipped].sum() / grid
+    # Only the time at which a block is free decides what it takes, so a heap of times will do.
+    busy_until: list[float] = (start + costs[skipped : skipped + grid]).tolist()
+    busy_until += [start] * (grid - len(busy_until))
+    heapq.heapify(busy_until)
+    for cost in costs[skipped + grid :].tolist():
+        heapq.heapreplace(busy_until, busy_until[0] + cost)
+    return np.array(sorted(busy_until), np.float64)
+
+
+def _batch_lines(schedule: Schedule) -> list[str]:
+    spec, lengths, device = schedule.spec, schedule.lengths, schedule.device
+    batch = len(lengths.qo_len)
+    mask = "causal" if spec.causal else "full"
+    head_rows = (
+        f"{_count(spec.num_qo_heads, 'query head')} over {_count(spec.num_kv_heads, 'KV head')}"
+    )
+    lines = [
+        f"batch of {_count(batch, 'request')}, {mask} attention, {spec.dtype}",
+        _line("heads", f"{head_rows} (groups of {spec.gqa_group_size}), head_dim {spec.head_dim}"),
+    ]
+    if batch:
+        pages = int(lengths.paged_kv_indptr[-1])
+        pairs = _visible_pairs(spec, lengths)
+        flop = 4.0 * spec.head_dim * spec.num_qo_heads * pairs
+        lines += [
+            _line("queries", _spread(lengths.qo_len)),
+            _line(
+                "keys",
+                f"{_spread(lengths.kv_len)}; {_count(pages, 'page')} of {spec.page_size} "
+                f"({spec.kv_layout})",
+            ),
+            _line("work", f"{pairs:,} visible (query, key) pairs a head, {flop / 1e9:,.2f} GFLOP"),
+        ]
+    lines.append(
+        _line(
+            "device",
+            f"balanced for {device.num_sms} SMs of compute capability "
+            f"{device.arch // 10}.{device.arch % 10}",
+        )
+    )
+    # Launches follow each other on one stream, and use the same memory.
+    lines.append(_line("workspace", f"{schedule.workspace_bytes:,} bytes for partial states"))
+    return lines
+
+
+def _launch_lines(schedule: Schedule, launch: Launch) -> list[str]:
+    spec, config = schedule.spec, launch.config
+    first_splits = launch.items[launch.items["split"] == 0]
+    request = first_splits["request"]
+    packed_len = schedule.lengths.qo_len[request] * spec.gqa_group_size
+    rows = np.minimum(packed_len - first_splits["row_begin"], config.cta_tile_q)
+    used = float(rows.sum()) / (len(rows) * config.cta_tile_q)
+    costs = piece_costs(launch, spec.num_kv_heads)
+    finish = finish_times(costs, launch.grid)
+    last, mean = float(finish[-1]), float(finish.mean())
+    slots = heuristics.slots(config, schedule.device)
+    lines = [
+        _line(
+            "tile",
+            f"{config.cta_tile_q} rows x {config.cta_tile_kv} keys; {config.num_threads} threads, "
+            f"{config.shared_bytes // 1024} KiB of shared memory, {config.num_stages} KV stages",
+        ),
+        *(_line("", reason) for reason in _reasons(schedule, launch, request, packed_len)),
+        _line(
+            "items",
+            f"{_count(len(launch.items), 'item')} of {_count(len(rows), 'query tile')} "
+            f"({used:.0%} of the rows used); x {_count(spec.num_kv_heads, 'KV head')}: "
+            f"{_count(len(costs), 'piece')}",
+        ),
+        _line("splits", _split_words(launch, first_splits)),
+        _line("workspace", f"{launch.partial_bytes(schedule.spec):,} bytes"),
+        _line(
+            "grid",
+            f"{_count(launch.grid, 'thread block')}; the device holds {slots} at once, "
+            f"{config.ctas_per_sm} an SM",
+        ),
+        _line(
+            "work",
+            f"{_span(finish)} KV tiles a thread block, mean {mean:,.1f}; {_span(costs)} a piece",
+        ),
+        _line(
+            "",
+            f"(counting {heuristics.ITEM_COST} for an item's beginning and end, "
+            f"{heuristics.SPLIT_COST} more to store and merge a split)",
+        ),
+        _line(
+            "finish",
+            f"last {last:,.0f}, mean {mean:,.1f}: imbalance {last / mean:.2f}; "
+            f"device {mean * launch.grid / (last * slots):.0%} full till then",
+        ),
+    ]
+    if len(costs) > max(MAX_SIMULATED, launch.grid):
+        lines.append(
+            _line("", f"(all but the last {MAX_SIMULATED:,} pieces taken as evenly shared out)")
+        )
+    return lines + _histogram(finish)
+
+
+def _reasons(
+    schedule: Schedule,
+    launch: Launch,
+    request: npt.NDArray[np.int32],
+    packed_len: npt.NDArray[np.int32],
+) -> list[str]:
+    """Why the launch's tiles have the shape they have."""
+    config, spec = launch.config, schedule.spec
+    limit = heuristics.SHORT_MAX_ROWS
+    short = heuristics.kernel_config(
+        schedule.device.arch, spec.dtype, spec.head_dim, config.page_aligned, "short"
+    )
+    if config == short:
+        return [
+            f"rows: for requests of at most {limit} (queries x group): reading K and V bounds them",
+            f"keys: divided over {config.warps_kv} warps; {config.num_stages} stages keep loads "
+            + "under way",
+        ]
+    per_warp = config.cta_tile_q // config.warps_q
+    if per_warp > 16:
+        why_rows = "so that each fragment of K and V feeds two matrix products"
+    else:
+        why_rows = f"as the output of more, {config.head_dim} wide, would not fit the registers"
+    blocks = _count(config.ctas_per_sm, "thread block")
+    reasons = [
+        f"rows: for requests of more than {limit} (queries x group); {per_warp} rows a warp,",
+        f"      {why_rows}",
+        f"keys: as many as leave room for {config.num_stages} stages and {blocks} an SM",
+    ]
+    riding = len(np.unique(request[packed_len <= limit]))
+    if riding:
+        reasons.append(
+            f"{_count(riding, 'shorter request')} ride along: too little work for a launch of "
+            "their own"
+        )
+    return reasons
+
+
+def _split_words(launch: Launch, first_splits: npt.NDArray[np.void]) -> str:
+    if launch.num_merges == 0:
+        return "none"
+    counts = first_splits["num_splits"][first_splits["num_splits"] > 1]
+    size = int((launch.items["kv_end"] - launch.items["kv_begin"]).max())
+    return (
+        f"{launch.num_merges} of {_count(len(first_splits), 'query tile')}, into {_span(counts)} "
+        f"of at most {size:,} keys; {_count(launch.num_partials, 'partial slot')} x "
+        f"{launch.config.cta_tile_q} rows"
+    )
+
+
+def _visible_pairs(spec: AttentionSpec, lengths: Lengths) -> int:
+    """Pairs (query row, visible key) of the whole batch, for one head."""
+    qo_len, kv_len = lengths.qo_len.astype(np.int64), lengths.kv_len.astype(np.int64)
+    if not spec.causal:
+        return int((qo_len * kv_len).sum())
+    # The last min(qo_len, kv_len) rows see kv_len, kv_len - 1, ... keys, from the last row up.
+    seeing = np.minimum(qo_len, kv_len)
+    return int((seeing * kv_len - seeing * (seeing - 1) // 2).sum())
+
+
+def _histogram(finish: FloatArray) -> list[str]:
+    """A bar for each range of finish times, as long as the number of thread blocks in it."""
+    low, high = int(finish[0]), int(finish[-1])
+    step = max(-(-(high - low + 1) // _HISTOGRAM_ROWS), 1)
+    counts = np.bincount((finish.astype(np.int64) - low) // step)
+    begins = range(low, high + 1, step)
+    labels = [_span(np.array([b, min(b + step - 1, high)])) for b in begins]
+    width = max(map(len, labels))
+    longest = int(counts.max())
+    lines = [_line("picture", f"thread blocks by finish time, {_BAR_WIDTH} # for {longest}")]
+    for label, count in zip(labels, counts.tolist(), strict=True):
+        # A range that is not empty shows.
+        bar = "#" * -(-count * _BAR_WIDTH // longest)
+        lines.append(_line("", f"{label:>{width}} |{bar:<{_BAR_WIDTH}} {count}".rstrip()))
+    return lines
+
+
+def _line(label: str, text: str) -> str:
+    return f"  {label:<{_LABEL_WIDTH}}{text}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _span(values: npt.NDArray[np.generic]) -> str:
+    low, high = int(values.min()), int(values.max())
+    return f"{low:,}" if low == high else f"{low:,}..{high:,}"
+
+
+def _spread(values: npt.NDArray[np.int32]) -> str:
+    middle = f", median {np.median(values):,.0f}" if values.min() < values.max() else ""
+    return f"{int(values.sum()):,} in all, {_span(values)} a request{middle}"
