@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import tempfile
@@ -29,6 +30,8 @@ _HASH_CHARS = 32
 _locks: defaultdict[tuple[KernelConfig, int], threading.Lock] = defaultdict(threading.Lock)
 # The kernel, kept alive, and its CUfunction.
 _loaded: dict[tuple[KernelConfig, int], tuple[Any, int]] = {}
+# Unloaded while CuPy can still do it, which at the interpreter's end it can't.
+atexit.register(_loaded.clear)
 
 
 def configurations(arch: int) -> Iterator[KernelConfig]:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from cupaged import arrays, schedule, validate, validate_run
+from cupaged import arrays, schedule, unserved, validate, validate_run
 from cupaged import backend as backend_room
 from cupaged.explain import explain
 from cupaged.spec import DTYPES, KVLayout
@@ -56,19 +56,19 @@ paged_kv_last_page_len_buf, custom_mask_buf, mask_indptr_buf, jit_args, jit_kwar
         jit_args: Any = None,
         jit_kwargs: Any = None,
     ) -> None:
-        validate.unserved(
-            {
-                "use_cuda_graph": (use_cuda_graph, False),
-                "qo_indptr_buf": (qo_indptr_buf, None),
-                "paged_kv_indptr_buf": (paged_kv_indptr_buf, None),
-                "paged_kv_indices_buf": (paged_kv_indices_buf, None),
-                "paged_kv_last_page_len_buf": (paged_kv_last_page_len_buf, None),
-                "custom_mask_buf": (custom_mask_buf, None),
-                "mask_indptr_buf": (mask_indptr_buf, None),
-                "jit_args": (jit_args, None),
-                "jit_kwargs": (jit_kwargs, None),
-            },
-            type(self).__name__,
+        unserved.refuse(
+            unserved.CONSTRUCTOR,
+            (
+                use_cuda_graph,
+                qo_indptr_buf,
+                paged_kv_indptr_buf,
+                paged_kv_indices_buf,
+                paged_kv_last_page_len_buf,
+                custom_mask_buf,
+                mask_indptr_buf,
+                jit_args,
+                jit_kwargs,
+            ),
         )
         self._kv_layout = cast(KVLayout, validate.choice(kv_layout, "kv_layout", ("NHD", "HND")))
         self._backend = cast(
@@ -180,27 +180,27 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
         CupagedWarning
             `causal` with more queries than keys in a request; a page twice in a request.
         """
-        validate.unserved(
-            {
-                "custom_mask": (custom_mask, None),
-                "packed_custom_mask": (packed_custom_mask, None),
-                "use_fp16_qk_reduction": (use_fp16_qk_reduction, False),
-                "window_left": (window_left, -1),
-                "logits_soft_cap": (logits_soft_cap or None, None),
-                "rope_scale": (rope_scale, None),
-                "rope_theta": (rope_theta, None),
-                "prefix_len_ptr": (prefix_len_ptr, None),
-                "token_pos_in_items_ptr": (token_pos_in_items_ptr, None),
-                "token_pos_in_items_len": (token_pos_in_items_len, 0),
-                "max_item_len_ptr": (max_item_len_ptr, None),
-                "seq_lens": (seq_lens, None),
-                "seq_lens_q": (seq_lens_q, None),
-                "block_tables": (block_tables, None),
-                "max_token_per_sequence": (max_token_per_sequence, None),
-                "max_sequence_kv": (max_sequence_kv, None),
-                "uniform_q_len": (uniform_q_len, None),
-            },
-            "plan()",
+        unserved.refuse(
+            unserved.PLAN,
+            (
+                custom_mask,
+                packed_custom_mask,
+                use_fp16_qk_reduction,
+                window_left,
+                logits_soft_cap,
+                rope_scale,
+                rope_theta,
+                prefix_len_ptr,
+                token_pos_in_items_ptr,
+                token_pos_in_items_len,
+                max_item_len_ptr,
+                seq_lens,
+                seq_lens_q,
+                block_tables,
+                max_token_per_sequence,
+                max_sequence_kv,
+                uniform_q_len,
+            ),
         )
         validate.pos_encoding_mode(pos_encoding_mode)
         q_dtype = arrays.dtype_name(q_data_type, "q_data_type")
@@ -334,21 +334,19 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
         plan = self._plan
         if plan is None:
             raise RuntimeError("run() before plan()")
-        if not (
-            sinks is kv_cache_sf is skip_softmax_threshold_scale_factor is window_left is None
-            and enable_pdl is use_fp16_softmax is uses_spcompress is None
-            and lse_layout == "NH"
-        ):
-            _refuse_unserved(
+        unserved.refuse(
+            unserved.RUN,
+            (
+                lse_layout,
+                enable_pdl,
+                window_left,
                 sinks,
                 kv_cache_sf,
                 skip_softmax_threshold_scale_factor,
-                window_left,
-                enable_pdl,
                 use_fp16_softmax,
                 uses_spcompress,
-                lse_layout,
-            )
+            ),
+        )
         spec = plan.schedule.spec
         nnz_qo = plan.schedule.lengths.nnz_qo
         queries = arrays.import_tensor(q, "q")
@@ -422,28 +420,3 @@ def _import_cache(paged_kv_cache: Any, q: Any) -> Any:
         k, v = paged_kv_cache
         return arrays.import_tensor(k, "k cache", q), arrays.import_tensor(v, "v cache", q)
     return arrays.import_tensor(paged_kv_cache, "paged_kv_cache", q)
-
-
-def _refuse_unserved(
-    sinks: Any,
-    kv_cache_sf: Any,
-    skip_softmax_threshold_scale_factor: float | None,
-    window_left: int | None,
-    enable_pdl: bool | None,
-    use_fp16_softmax: bool | None,
-    uses_spcompress: bool | None,
-    lse_layout: str,
-) -> None:
-    validate.unserved(
-        {
-            "sinks": (sinks, None),
-            "kv_cache_sf": (kv_cache_sf, None),
-            "skip_softmax_threshold_scale_factor": (skip_softmax_threshold_scale_factor, None),
-            "window_left": (None if window_left == -1 else window_left, None),
-            "enable_pdl": (enable_pdl or None, None),
-            "use_fp16_softmax": (use_fp16_softmax or None, None),
-            "uses_spcompress": (uses_spcompress or None, None),
-            "lse_layout": (lse_layout, "NH"),
-        },
-        "run()",
-    )

@@ -187,7 +187,7 @@ def _query_tiles(
     ends = counts.cumsum(dtype=np.int32)
     # A tile's request, and its row_begin: its place among all tiles less where its request began.
     owner = np.arange(len(counts), dtype=np.int32).repeat(counts)
-    row_begin = np.arange(0, len(owner) * cta_tile_q, cta_tile_q, np.int32)
+    row_begin = np.arange(0, len(owner) * cta_tile_q, cta_tile_q, dtype=np.int32)
     row_begin -= ((ends - counts) * cta_tile_q)[owner]
     if spec.causal:
         # The tile's last row sees the most keys: up to kv_len - qo_len + its query, inclusive.

@@ -37,7 +37,7 @@ def positive_int(value: object, name: str) -> int:
     if type(value) is int and value >= 1:
         return value
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} is {_what(value)}, expected an int")
+        raise TypeError(f"{name} is {what(value)}, expected an int")
     if value < 1:
         raise ValueError(f"{name} = {value}, expected at least 1")
     return int(value)
@@ -46,7 +46,7 @@ def positive_int(value: object, name: str) -> int:
 def flag(value: object, name: str) -> bool:
     """`value` as a bool."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} is {_what(value)}, expected a bool")
+        raise TypeError(f"{name} is {what(value)}, expected a bool")
     return bool(value)
 
 
@@ -55,7 +55,7 @@ def scale(value: object, name: str) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise TypeError(f"{name} is {_what(value)}, expected a number") from None
+        raise TypeError(f"{name} is {what(value)}, expected a number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} = {number}, expected a finite number")
     return number
@@ -66,20 +66,6 @@ def choice(value: object, name: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name} = {value!r}, expected one of {', '.join(map(repr, choices))}")
     return str(value)
-
-
-def unserved(arguments: dict[str, tuple[object, object]], call: str) -> None:
-    """Refuse arguments that no backend serves: each a value and the default that is off.
-
-    Raises
-    ------
-    NotImplementedError
-        Names the argument.
-    """
-    for name, (value, off) in arguments.items():
-        if value is off or (isinstance(value, int | float | str) and value == off):
-            continue
-        raise NotImplementedError(f"{call}: {name}={_short(value)} is not served by any backend")
 
 
 def attention_spec(
@@ -137,7 +123,10 @@ def attention_spec(
 def pos_encoding_mode(value: object) -> None:
     """Refuse unknown modes, and the known ones that aren't served."""
     mode = choice(value, "pos_encoding_mode", _POS_ENCODING_MODES)
-    unserved({"pos_encoding_mode": (mode, "NONE")}, "plan()")
+    if mode != "NONE":
+        raise NotImplementedError(
+            f"plan(): pos_encoding_mode={mode!r} is not served by any backend"
+        )
 
 
 def _indptr(indptr: HostIndex, name: str) -> tuple[IntArray, IntArray]:
@@ -332,10 +321,7 @@ def _listed(values: tuple[object, ...]) -> str:
     return ", ".join(map(str, values))
 
 
-def _what(value: object) -> str:
+def what(value: object) -> str:
+    """The type of a value, in words."""
     kind = type(value).__name__
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
-
-
-def _short(value: object) -> str:
-    return repr(value) if isinstance(value, bool | int | float | str) else _what(value)

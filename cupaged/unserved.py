@@ -1,0 +1,102 @@
+"""Arguments of FlashInfer's that no backend serves yet, and how they are refused."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupaged.validate import what
+
+
+class Arguments(NamedTuple):
+    """Arguments of one call that aren't served.
+
+    Attributes
+    ----------
+    call : str
+        For the error.
+    off : dict
+        Each argument with the values that are off, the default first.
+    defaults : tuple
+        The first value of each.
+    """
+
+    call: str
+    off: dict[str, tuple[object, ...]]
+    defaults: tuple[object, ...]
+
+
+def _arguments(call: str, **off: tuple[object, ...]) -> Arguments:
+    return Arguments(call, off, tuple(values[0] for values in off.values()))
+
+
+CONSTRUCTOR = _arguments(
+    "BatchPrefillWithPagedKVCacheWrapper",
+    use_cuda_graph=(False,),
+    qo_indptr_buf=(None,),
+    paged_kv_indptr_buf=(None,),
+    paged_kv_indices_buf=(None,),
+    paged_kv_last_page_len_buf=(None,),
+    custom_mask_buf=(None,),
+    mask_indptr_buf=(None,),
+    jit_args=(None,),
+    jit_kwargs=(None,),
+)
+PLAN = _arguments(
+    "plan()",
+    custom_mask=(None,),
+    packed_custom_mask=(None,),
+    use_fp16_qk_reduction=(False,),
+    window_left=(-1,),
+    logits_soft_cap=(None, 0.0),
+    rope_scale=(None,),
+    rope_theta=(None,),
+    prefix_len_ptr=(None,),
+    token_pos_in_items_ptr=(None,),
+    token_pos_in_items_len=(0,),
+    max_item_len_ptr=(None,),
+    seq_lens=(None,),
+    seq_lens_q=(None,),
+    block_tables=(None,),
+    max_token_per_sequence=(None,),
+    max_sequence_kv=(None,),
+    uniform_q_len=(None,),
+)
+RUN = _arguments(
+    "run()",
+    lse_layout=("NH",),
+    enable_pdl=(None, False),
+    window_left=(None, -1),
+    sinks=(None,),
+    kv_cache_sf=(None,),
+    skip_softmax_threshold_scale_factor=(None,),
+    use_fp16_softmax=(None, False),
+    uses_spcompress=(None, False),
+)
+
+
+def refuse(arguments: Arguments, values: tuple[Any, ...]) -> None:
+    """Refuse a call's arguments that no backend serves.
+
+    Parameters
+    ----------
+    arguments : Arguments
+    values : tuple
+        What came, in the same order.
+
+    Raises
+    ------
+    NotImplementedError
+        Names the argument.
+    """
+    if all(map(operator.is_, values, arguments.defaults)):
+        return
+    for (name, off), value in zip(arguments.off.items(), values, strict=True):
+        plain = isinstance(value, (bool, int, float, str, np.number, np.bool_, type(None)))
+        if not plain or value not in off:
+            shown = repr(value) if plain else what(value)
+            raise NotImplementedError(
+                f"{arguments.call}: {name}={shown} is not served by any backend"
+            )
