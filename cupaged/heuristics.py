@@ -5,6 +5,7 @@ Pure functions of the lengths and of the machine's size; no arrays on any GPU.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -96,11 +97,9 @@ SPLIT_COST = 2
 #: A split of fewer KV tiles than this isn't worth its item and merge cost.
 _MIN_TILES_PER_SPLIT = 4
 
-#: Waves of thread blocks that a candidate split aims to fill, and the slack it leaves for chunks
-#: that don't divide the tiles evenly.
-_WAVES = np.array([1.0, 2.0, 3.0])
-_SLACK = np.array([1.0, 1.07, 1.15, 1.3, 1.6])
-_CANDIDATES = np.outer(_SLACK, 1 / _WAVES).ravel()
+#: Candidate splits, in shares of a slot's mean work: one or two waves of thread blocks, with slack
+#: for chunks that don't divide the tiles evenly.
+_CANDIDATES = (0.5, 0.55, 0.7, 1.0, 1.1, 1.4)
 
 
 def shared_class(arch: int) -> str:
@@ -218,35 +217,44 @@ def choose_split(kv_tiles: IntArray, num_kv_heads: int, slots: int) -> int | Non
     longest = int(kv_tiles[0])
     if longest < 2 * _MIN_TILES_PER_SPLIT:
         return None
-    total = float(np.add.reduce(kv_tiles, dtype=np.int64)) * num_kv_heads
+    tiles = int(np.add.reduce(kv_tiles, dtype=np.int64))
     num_items = len(kv_tiles) * num_kv_heads
-    mean = (total + ITEM_COST * num_items) / slots
+    mean = (tiles * num_kv_heads + ITEM_COST * num_items) / slots
     if longest + ITEM_COST <= 0.1 * mean:
         return None  # not even one more of the longest would cost a tenth
-    unsplit = float(max(mean, longest + ITEM_COST))
+    unsplit = max(mean, longest + ITEM_COST)
     if num_items > slots:
         # The item at each whole wave waits for one at least as long in every wave before it.
-        each_wave = kv_tiles[:: max(1, slots // num_kv_heads)]
-        waves = (each_wave + ITEM_COST) * np.arange(1, len(each_wave) + 1)
-        unsplit = max(unsplit, float(np.maximum.reduce(waves)))
+        each_wave = kv_tiles[:: max(1, slots // num_kv_heads)].tolist()
+        unsplit = max(unsplit, *((i + 1) * (t + ITEM_COST) for i, t in enumerate(each_wave)))
     if unsplit <= 1.1 * mean:
         return None
-    chunks = np.ceil(_CANDIDATES * (total / slots)).astype(np.int32)
-    chunks = np.clip(chunks, _MIN_TILES_PER_SPLIT, longest - 1)
-    whole = kv_tiles // chunks[:, None]  # [candidates, items]
-    rest = kv_tiles - whole * chunks[:, None]
-    wholes = whole.sum(axis=1) * num_kv_heads
-    rests = np.count_nonzero(rest, axis=1) * num_kv_heads
+    share = tiles * num_kv_heads / slots
+    lowest, highest = _MIN_TILES_PER_SPLIT, longest - 1
+    chunks = sorted({min(max(math.ceil(c * share), lowest), highest) for c in _CANDIDATES})
+    sizes = np.array(chunks, np.int32)[:, None]  # [candidates, 1]
+    wholes = (kv_tiles // sizes).sum(axis=1).tolist()
+    pieces = ((kv_tiles + (sizes - 1)) // sizes).sum(axis=1).tolist()
+    finish = [
+        _split_finish(chunk, whole, piece - whole, tiles, num_kv_heads, slots)
+        for chunk, whole, piece in zip(chunks, wholes, pieces, strict=True)
+    ]
+    best = min(finish)
+    return chunks[finish.index(best)] if best < unsplit else None
+
+
+def _split_finish(
+    chunk: int, wholes: int, rests: int, tiles: int, num_kv_heads: int, slots: int
+) -> float:
+    """When items cut into `wholes` pieces of `chunk` KV tiles and `rests` shorter ones end."""
     overhead = ITEM_COST + SPLIT_COST
+    mean = (tiles + (wholes + rests) * overhead) * num_kv_heads / slots
     # Whole pieces come first, in waves; rests fill the last wave up, and then begin another.
-    waves = np.ceil(wholes / slots)
-    mean_rest = rest.sum(axis=1) * num_kv_heads / np.maximum(rests, 1) + overhead
-    another = np.where(rests > waves * slots - wholes, mean_rest, 0)
-    finish = np.maximum(
-        (total + (wholes + rests) * overhead) / slots, waves * (chunks + overhead) + another
-    )
-    best = int(finish.argmin())
-    return int(chunks[best]) if finish[best] < unsplit else None
+    waves = math.ceil(wholes * num_kv_heads / slots)
+    finish: float = waves * (chunk + overhead)
+    if rests * num_kv_heads > waves * slots - wholes * num_kv_heads:
+        finish += (tiles - wholes * chunk) / rests + overhead
+    return max(mean, finish)
 
 
 def slots(config: KernelConfig, device: DeviceModel) -> int:

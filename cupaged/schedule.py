@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,10 @@ IntArray = npt.NDArray[np.int32]
 
 _REQUEST_FIELDS = REQUEST_DTYPE.itemsize // 4
 _ITEM_FIELDS = ITEM_DTYPE.itemsize // 4
+# Columns of the items while they are a plain array.
+_REQUEST, _ROW_BEGIN, _KV_BEGIN, _KV_END, _SPLIT, _NUM_SPLITS, _FIRST_PARTIAL, _MERGE = range(
+    _ITEM_FIELDS
+)
 _UINT16_MAX = 2**16 - 1
 _MAX_SPLIT = 2**30  # no request has more keys
 
@@ -147,28 +150,19 @@ def build(
             config = heuristics.kernel_config(
                 device.arch, spec.dtype, spec.head_dim, aligned, shape
             )
-            tiles = _query_tiles(spec, lengths, packed_len, chosen, config)
+            tiles, kv_tiles = _query_tiles(spec, lengths, packed_len, chosen, config)
             slots = heuristics.slots(config, device)
             if fixed_split_size is not None:
                 split_size = min(fixed_split_size * spec.page_size, _MAX_SPLIT)
             elif disable_split_kv:
                 split_size = None
             else:
-                split_size = heuristics.choose_split(tiles.kv_tiles, spec.num_kv_heads, slots)
+                split_size = heuristics.choose_split(kv_tiles, spec.num_kv_heads, slots)
                 split_size = split_size and split_size * config.cta_tile_kv
             launches.append(_launch(spec, config, tiles, split_size, slots))
     return Schedule(
         spec, device, lengths, requests.view(REQUEST_DTYPE).reshape(-1), tuple(launches)
     )
-
-
-class _QueryTiles(NamedTuple):
-    """Query tiles, longest first: int32 [tiles] each."""
-
-    request: IntArray
-    row_begin: IntArray  # first packed row
-    kv_extent: IntArray  # keys that any row sees
-    kv_tiles: IntArray  # the same in KV tiles, rounded up
 
 
 def _query_tiles(
@@ -177,51 +171,64 @@ def _query_tiles(
     packed_len: IntArray,
     chosen: IntArray | None,
     config: KernelConfig,
-) -> _QueryTiles:
-    """The query tiles of the chosen requests, of all where None."""
+) -> tuple[IntArray, IntArray]:
+    """The query tiles of the chosen requests, of all where None, longest first.
+
+    Returns
+    -------
+    fields : int32 [tiles, fields of ITEM_DTYPE]
+        Each tile as one unsplit item.
+    kv_tiles : int32 [tiles]
+        Their KV tiles.
+    """
     cta_tile_q = config.cta_tile_q
     qo_len, kv_len = lengths.qo_len, lengths.kv_len
     if chosen is not None:
         packed_len, qo_len, kv_len = packed_len[chosen], qo_len[chosen], kv_len[chosen]
-    counts = -(-packed_len // cta_tile_q)
+    counts = (packed_len + (cta_tile_q - 1)) // cta_tile_q
     ends = counts.cumsum(dtype=np.int32)
-    # A tile's request, and its row_begin: its place among all tiles less where its request began.
-    owner = np.arange(len(counts), dtype=np.int32).repeat(counts)
-    row_begin = np.arange(0, len(owner) * cta_tile_q, cta_tile_q, dtype=np.int32)
-    row_begin -= ((ends - counts) * cta_tile_q)[owner]
+    num_tiles = int(ends[-1])
+    owner = np.arange(len(counts)).repeat(counts)
+    fields = np.zeros((num_tiles, _ITEM_FIELDS), np.int32)
+    fields[:, _REQUEST] = owner if chosen is None else chosen[owner]
+    fields[:, _NUM_SPLITS] = 1
+    if num_tiles == len(counts) and int(np.minimum.reduce(counts)) == 1:
+        # One tile each, as in decoding: it begins with the request's first row.
+        row_begin = np.zeros(num_tiles, np.int32)
+        last_row = packed_len - 1
+        first_sees = kv_len - qo_len + 1
+    else:
+        # A tile's row_begin: its place among all tiles, less where its request began.
+        row_begin = np.arange(0, num_tiles * cta_tile_q, cta_tile_q, dtype=np.int32)
+        row_begin -= ((ends - counts) * cta_tile_q)[owner]
+        last_row = np.minimum(row_begin + (cta_tile_q - 1), (packed_len - 1)[owner])
+        first_sees = (kv_len - qo_len + 1)[owner]
+    fields[:, _ROW_BEGIN] = row_begin
     if spec.causal:
         # The tile's last row sees the most keys: up to kv_len - qo_len + its query, inclusive.
-        extent = np.minimum(row_begin + (cta_tile_q - 1), (packed_len - 1)[owner])
-        if spec.gqa_group_size > 1:
-            extent //= spec.gqa_group_size
-        extent += (kv_len - qo_len + 1)[owner]
-        np.maximum(extent, 0, out=extent)
+        extent = np.maximum(last_row // spec.gqa_group_size + first_sees, 0)
     else:
         extent = kv_len[owner]
-    kv_tiles = -(-extent // config.cta_tile_kv)
+    fields[:, _KV_END] = extent
+    kv_tiles = (extent + (config.cta_tile_kv - 1)) // config.cta_tile_kv
     order = _longest_first(kv_tiles)
-    request = owner if chosen is None else chosen[owner]
-    return _QueryTiles(request[order], row_begin[order], extent[order], kv_tiles[order])
+    return fields.take(order, axis=0), kv_tiles[order]
 
 
 def _launch(
     spec: AttentionSpec,
     config: KernelConfig,
-    tiles: _QueryTiles,
+    tiles: IntArray,
     split_size: int | None,
     slots: int,
 ) -> Launch:
     """Items of query tiles, each cut into splits of `split_size` keys, longest first."""
     num_partials = num_merges = 0
-    if split_size is None or int(np.maximum.reduce(tiles.kv_extent)) <= split_size:
-        fields = np.zeros((len(tiles.request), _ITEM_FIELDS), np.int32)
-        fields[:, 0] = tiles.request
-        fields[:, 1] = tiles.row_begin
-        fields[:, 3] = tiles.kv_extent
-        fields[:, 5] = 1
-    else:
+    fields = tiles
+    kv_extent = tiles[:, _KV_END]
+    if split_size is not None and int(np.maximum.reduce(kv_extent)) > split_size:
         # A tile without keys still has one split, which writes its zeros.
-        num_splits = np.maximum(-(-tiles.kv_extent // split_size), 1)
+        num_splits = np.maximum(-(-kv_extent // split_size), 1)
         ends = num_splits.cumsum()
         owner = np.arange(len(num_splits)).repeat(num_splits)
         split = np.arange(len(owner)) - (ends - num_splits)[owner]
@@ -229,16 +236,14 @@ def _launch(
         partials = np.where(is_split, num_splits, 0)
         merges = is_split.cumsum()
         num_partials, num_merges = int(partials.sum()), int(merges[-1])
-        fields = np.empty((len(owner), _ITEM_FIELDS), np.int32)
-        fields[:, 0] = tiles.request[owner]
-        fields[:, 1] = tiles.row_begin[owner]
-        fields[:, 2] = split * split_size
-        fields[:, 3] = np.minimum(fields[:, 2] + split_size, tiles.kv_extent[owner])
-        fields[:, 4] = split
-        fields[:, 5] = num_splits[owner]
-        fields[:, 6] = (partials.cumsum() - partials)[owner]
-        fields[:, 7] = (merges - is_split)[owner]
-        kv_tiles = -(-(fields[:, 3] - fields[:, 2]) // config.cta_tile_kv)
+        fields = tiles.take(owner, axis=0)
+        fields[:, _KV_BEGIN] = split * split_size
+        fields[:, _KV_END] = np.minimum(fields[:, _KV_BEGIN] + split_size, kv_extent[owner])
+        fields[:, _SPLIT] = split
+        fields[:, _NUM_SPLITS] = num_splits[owner]
+        fields[:, _FIRST_PARTIAL] = (partials.cumsum() - partials)[owner]
+        fields[:, _MERGE] = (merges - is_split)[owner]
+        kv_tiles = -(-(fields[:, _KV_END] - fields[:, _KV_BEGIN]) // config.cta_tile_kv)
         fields = fields.take(_longest_first(kv_tiles), axis=0)
     items = fields.view(ITEM_DTYPE).reshape(-1)
     grid = min(slots, len(items) * spec.num_kv_heads)

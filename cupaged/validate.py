@@ -21,7 +21,8 @@ IntArray = npt.NDArray[np.int32]
 
 _POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 _INT32_MAX = 2**31 - 1
-_BLOCK = 4096
+_UNSIGNED = {np.dtype(np.int32): np.uint32, np.dtype(np.int64): np.uint64}
+_BLOCK = 12288
 #: Packed rows and keys are counted in int32, the spare ones of the last tile or split too. More
 #: would not fit the memory of any GPU.
 _MAX_ROWS = _MAX_KEYS = 2**30
@@ -232,11 +233,12 @@ def page_indices(indices: HostIndex, lengths: Lengths) -> tuple[IntArray, int]:
     if needed == 0:
         return np.empty(0, np.int32), -1
     indices = indices[:needed]
-    if np.minimum.reduce(indices) < 0:
-        i = int((indices < 0).argmax())
-        raise ValueError(f"{_page(indices, i, lengths)}, expected at least 0")
-    highest = int(np.maximum.reduce(indices))
+    # As unsigned numbers, negative ones are the highest of all.
+    highest = int(np.maximum.reduce(indices.view(_UNSIGNED[indices.dtype])))
     if highest > _INT32_MAX:
+        if np.minimum.reduce(indices) < 0:
+            i = int((indices < 0).argmax())
+            raise ValueError(f"{_page(indices, i, lengths)}, expected at least 0")
         i = int(indices.argmax())
         raise ValueError(f"{_page(indices, i, lengths)}, expected at most {_INT32_MAX}")
     return indices.astype(np.int32), highest

@@ -13,6 +13,9 @@ import numpy as np
 from cupaged import arrays
 from cupaged.spec import DTYPES, AttentionSpec
 
+#: Kernels store partial states by 16 bytes.
+_WORKSPACE_ALIGNMENT = 16
+
 
 def _shape_words(spec: AttentionSpec, stacked: bool) -> str:
     page, heads = f"page_size={spec.page_size}", f"num_kv_heads={spec.num_kv_heads}"
@@ -140,6 +143,11 @@ def workspace(array: Any) -> Any:
     """Check a workspace: one contiguous piece of memory. Returns it."""
     if not array.flags.c_contiguous:
         raise ValueError("float_workspace_buffer is not contiguous, expected one piece of memory")
+    if arrays.device_id(array) is not None and array.data.ptr % _WORKSPACE_ALIGNMENT:
+        raise ValueError(
+            f"float_workspace_buffer begins at address {array.data.ptr:#x}, "
+            f"expected a multiple of {_WORKSPACE_ALIGNMENT}"
+        )
     return array
 
 

@@ -97,6 +97,7 @@ __device__ __forceinline__ void write_rows(const RowMap& rows, const Output& o,
                                            const SoftmaxState& state, char* q_tile, int first_row,
                                            int lane) {
     const Params& p = rows.p;
+    __syncwarp();  // every lane has read its last of Q, which is overwritten now
 #pragma unroll
     for (int i = 0; i < MMA_Q; ++i)
 #pragma unroll
