@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cupaged import cuda, reference
+from cupaged import cuda, heuristics, reference, schedule
 from cupaged.errors import BackendUnavailableError
 from cupaged.schedule import Schedule
 from cupaged.spec import HOST_MODEL, DeviceModel
@@ -53,7 +53,7 @@ class Plan:
 
     Parameters
     ----------
-    schedule : Schedule
+    planned : Schedule
     page_indices : int32 [paged_kv_indptr[-1]]
     highest_page : int
         The highest page number, -1 where there is none.
@@ -63,22 +63,26 @@ class Plan:
 
     def __init__(
         self,
-        schedule: Schedule,
+        planned: Schedule,
         page_indices: npt.NDArray[np.int32],
         highest_page: int,
         workspace: Any | None,
     ) -> None:
-        self.schedule = schedule
+        self.schedule = planned
         self.page_indices = page_indices
         self.highest_page = highest_page
-        self._workspace = workspace
+        self.workspace = workspace
         self._on_device: dict[int, cuda.DevicePlan] = {}
 
     def on_device(self, device: int) -> cuda.DevicePlan:
         """The plan on CUDA device `device`, the current one; uploaded the first time."""
         found = self._on_device.get(device)
         if found is None:
-            found = cuda.DevicePlan(self.schedule, self.page_indices, device, self._workspace)
+            model = cuda.device_model(device)
+            planned = self.schedule
+            if heuristics.tile_class(model.arch) != heuristics.tile_class(planned.device.arch):
+                planned = schedule.rebuild(planned, model)
+            found = cuda.DevicePlan(planned, self.page_indices, device, self.workspace)
             self._on_device[device] = found
         return found
 

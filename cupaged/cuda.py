@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import struct
 import threading
 from collections import deque
 from dataclasses import dataclass
-from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ _uploads: deque[tuple[Any, Any]] = deque()
 _uploads_lock = threading.Lock()
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def cupy() -> Any:
     """CuPy, with a GPU that it can use.
 
@@ -73,7 +74,7 @@ def cupy() -> Any:
     return module
 
 
-@cache
+@functools.cache
 def device_model(device: int) -> DeviceModel:
     """What the planner needs to know of CUDA device `device`.
 
@@ -108,14 +109,6 @@ def current_place() -> tuple[int, int]:
     """CuPy's current device and its current stream."""
     module = cupy()
     return module.cuda.runtime.getDevice(), module.cuda.get_current_stream().ptr
-
-
-def _aligned(array: Any) -> bool:
-    """Whether every row begins at a multiple of `_ROW_ALIGNMENT` bytes."""
-    bits = array.data.ptr
-    for stride in array.strides[:-1]:
-        bits |= stride
-    return bool(bits % _ROW_ALIGNMENT == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,18 +262,11 @@ def run(
     ValueError
         K's or V's rows don't begin at multiples of 16 bytes.
     """
-    for name, pages in (("k cache", k), ("v cache", v)):
-        if not _aligned(pages):
-            raise ValueError(
-                f"{name} begins at address {pages.data.ptr:#x} with strides {pages.strides} in "
-                f"bytes, expected multiples of {_ROW_ALIGNMENT}"
-            )
-    if not _aligned(q):
-        q = q.copy(order="C")
-    if not _aligned(out):
-        result = cupy().empty(out.shape, out.dtype)
-        run(plan, q, k, v, result, lse, factors)
-        out[...] = result
+    lse_pointer, lse_strides = (0, (0, 0)) if lse is None else (lse.data.ptr, lse.strides)
+    pointers = (q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr)
+    strides = (*q.strides[:2], *k.strides[:3], *v.strides[:3], *out.strides[:2])
+    if functools.reduce(operator.or_, pointers + strides) % _ROW_ALIGNMENT:
+        _run_unaligned(plan, q, k, v, out, lse, factors)
         return
     cuda = cupy().cuda
     stream = cuda.get_current_stream()
@@ -288,10 +274,9 @@ def run(
     if not same_stream:
         stream.wait_event(plan.uploaded)
     size = q.itemsize
-    lse_pointer, lse_strides = (0, (0, 0)) if lse is None else (lse.data.ptr, lse.strides)
-    strides = (*q.strides[:2], *k.strides[:3], *v.strides[:3], *out.strides[:2])
     tensors = (
-        *(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_pointer),
+        *pointers,
+        lse_pointer,
         *[stride // size for stride in strides],
         *(lse_strides[0] // 4, lse_strides[1] // 4),
     )
@@ -312,3 +297,49 @@ def run(
     if not same_stream:
         # The plan's memory is freed in the order of the stream it was made on.
         plan.stream.wait_event(stream.record())
+
+
+def _run_unaligned(
+    plan: DevicePlan,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any | None,
+    factors: tuple[float, float, float],
+) -> None:
+    """Run by way of aligned copies of q and out; K and V are too large to be copied unasked.
+
+    Bits are copied: CuPy's own kernels for 16-bit floats need CUDA's headers, which need not be
+    installed.
+    """
+    q, k, v, target = map(_without_idle_strides, (q, k, v, out))
+    for name, pages in (("k cache", k), ("v cache", v)):
+        if not _aligned(pages):
+            raise ValueError(
+                f"{name} begins at address {pages.data.ptr:#x} with strides {pages.strides} in "
+                f"bytes, expected multiples of {_ROW_ALIGNMENT}"
+            )
+    if not _aligned(q):
+        q = q.view(np.uint16).copy(order="C").view(q.dtype)
+    if _aligned(target):
+        run(plan, q, k, v, target, lse, factors)
+    else:
+        result = cupy().empty(out.shape, out.dtype)
+        run(plan, q, k, v, result, lse, factors)
+        out.view(np.uint16)[...] = result.view(np.uint16)
+
+
+def _without_idle_strides(array: Any) -> Any:
+    """A view whose axes of length 1 have a stride of 0: whatever it was, nothing is at it."""
+    strides = [
+        0 if length == 1 else stride
+        for length, stride in zip(array.shape[:-1], array.strides, strict=False)
+    ]
+    return cupy().ndarray(array.shape, array.dtype, array.data, (*strides, array.itemsize))
+
+
+def _aligned(array: Any) -> bool:
+    """Whether every row begins at a multiple of `_ROW_ALIGNMENT` bytes."""
+    bits = functools.reduce(operator.or_, array.strides[:-1], array.data.ptr)
+    return bool(bits % _ROW_ALIGNMENT == 0)

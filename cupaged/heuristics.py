@@ -102,7 +102,7 @@ _MIN_TILES_PER_SPLIT = 4
 _CANDIDATES = (0.5, 0.55, 0.7, 1.0, 1.1, 1.4)
 
 
-def shared_class(arch: int) -> str:
+def tile_class(arch: int) -> str:
     """Class of shared memory of compute capability `arch` (major * 10 + minor).
 
     A capability newer than the table gets the smallest class, which fits everywhere.
@@ -115,7 +115,7 @@ def kernel_config(
     arch: int, dtype: str, head_dim: int, page_aligned: bool, shape: Shape
 ) -> KernelConfig:
     """The kernel that serves a shape of query tile on compute capability `arch`."""
-    key = (shared_class(arch), head_dim, shape)
+    key = (tile_class(arch), head_dim, shape)
     tile = _TILES[key]
     if not page_aligned:
         tile = _TILES_UNALIGNED.get(key, tile)
@@ -227,7 +227,9 @@ def choose_split(kv_tiles: IntArray, num_kv_heads: int, slots: int) -> int | Non
         # The item at each whole wave waits for one at least as long in every wave before it.
         each_wave = kv_tiles[:: max(1, slots // num_kv_heads)].tolist()
         unsplit = max(unsplit, *((i + 1) * (t + ITEM_COST) for i, t in enumerate(each_wave)))
-    if unsplit <= 1.1 * mean:
+    # No split can end before its pieces' mean, and there are no fewer pieces than items.
+    least = (tiles * num_kv_heads + (ITEM_COST + SPLIT_COST) * num_items) / slots
+    if unsplit <= max(1.1 * mean, least):
         return None
     share = tiles * num_kv_heads / slots
     lowest, highest = _MIN_TILES_PER_SPLIT, longest - 1

@@ -225,6 +225,7 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
             if disable_split_kv:
                 raise ValueError("fixed_split_size and disable_split_kv exclude each other")
         disable_split_kv = validate.flag(disable_split_kv, "disable_split_kv")
+        non_blocking = validate.flag(non_blocking, "non_blocking")
         lengths = validate.lengths(
             arrays.import_index(qo_indptr, "qo_indptr"),
             arrays.import_index(paged_kv_indptr, "paged_kv_indptr"),
@@ -354,22 +355,17 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
         validate_run.query(queries, spec, nnz_qo)
         device = validate_run.one_device(queries, keys, values)
         validate_run.backend_serves(self._backend, device)
-        if self._workspace is not None:
-            validate_run.workspace_device(self._workspace, device)
+        if plan.workspace is not None:
+            validate_run.workspace_device(plan.workspace, device)
         validate.page_range(
             plan.page_indices, plan.highest_page, plan.schedule.lengths, keys.shape[0]
         )
-        logit_scale = spec.sm_scale * LOG2_E
-        if q_scale is not None:
-            logit_scale *= validate.scale(q_scale, "q_scale")
-        if k_scale is not None:
-            logit_scale *= validate.scale(k_scale, "k_scale")
         factors = (
-            logit_scale,
+            LOG2_E * validate.logit_scale(spec.sm_scale, q_scale, k_scale),
             1.0 if v_scale is None else validate.scale(v_scale, "v_scale"),
             LN_2 if validate.choice(lse_base, "lse_base", ("log2", "ln")) == "ln" else 1.0,
         )
-        want_lse = return_lse or lse is not None
+        want_lse = validate.flag(return_lse, "return_lse") or lse is not None
         rows = (nnz_qo, spec.num_qo_heads)
         result, result_lse = None, None
         if out is not None:

@@ -84,9 +84,12 @@ class Schedule:
     ----------
     spec : AttentionSpec
     device : DeviceModel
-        What it was balanced for; it is right on any other.
+        What it was divided for. It is right on any other of the same class of tiles.
     lengths : Lengths
     requests : REQUEST_DTYPE [batch]
+    fixed_split_size : int, optional
+        Pages of a split, where the caller fixed it.
+    disable_split_kv : bool
     launches : tuple of Launch
         At most one for each shape of query tile; empty where there is no query row.
     """
@@ -95,6 +98,8 @@ class Schedule:
     device: DeviceModel
     lengths: Lengths
     requests: npt.NDArray[np.void]
+    fixed_split_size: int | None
+    disable_split_kv: bool
     launches: tuple[Launch, ...]
 
     @property
@@ -161,7 +166,24 @@ def build(
                 split_size = split_size and split_size * config.cta_tile_kv
             launches.append(_launch(spec, config, tiles, split_size, slots))
     return Schedule(
-        spec, device, lengths, requests.view(REQUEST_DTYPE).reshape(-1), tuple(launches)
+        spec,
+        device,
+        lengths,
+        requests.view(REQUEST_DTYPE).reshape(-1),
+        fixed_split_size,
+        disable_split_kv,
+        tuple(launches),
+    )
+
+
+def rebuild(schedule: Schedule, device: DeviceModel) -> Schedule:
+    """The same batch, divided for another device."""
+    return build(
+        schedule.spec,
+        schedule.lengths,
+        device,
+        schedule.fixed_split_size,
+        schedule.disable_split_kv,
     )
 
 
@@ -188,27 +210,25 @@ def _query_tiles(
     counts = (packed_len + (cta_tile_q - 1)) // cta_tile_q
     ends = counts.cumsum(dtype=np.int32)
     num_tiles = int(ends[-1])
-    owner = np.arange(len(counts)).repeat(counts)
     fields = np.zeros((num_tiles, _ITEM_FIELDS), np.int32)
-    fields[:, _REQUEST] = owner if chosen is None else chosen[owner]
     fields[:, _NUM_SPLITS] = 1
-    if num_tiles == len(counts) and int(np.minimum.reduce(counts)) == 1:
-        # One tile each, as in decoding: it begins with the request's first row.
-        row_begin = np.zeros(num_tiles, np.int32)
-        last_row = packed_len - 1
-        first_sees = kv_len - qo_len + 1
-    else:
+    owner = np.arange(len(counts))
+    last_row = packed_len - 1
+    first_sees = kv_len - qo_len + 1  # keys that a request's first query sees under causal
+    if num_tiles > len(counts) or int(np.minimum.reduce(counts)) == 0:
+        owner = owner.repeat(counts)
         # A tile's row_begin: its place among all tiles, less where its request began.
         row_begin = np.arange(0, num_tiles * cta_tile_q, cta_tile_q, dtype=np.int32)
         row_begin -= ((ends - counts) * cta_tile_q)[owner]
-        last_row = np.minimum(row_begin + (cta_tile_q - 1), (packed_len - 1)[owner])
-        first_sees = (kv_len - qo_len + 1)[owner]
-    fields[:, _ROW_BEGIN] = row_begin
+        fields[:, _ROW_BEGIN] = row_begin
+        last_row = np.minimum(row_begin + (cta_tile_q - 1), last_row[owner])
+        first_sees = first_sees[owner]
+        kv_len = kv_len[owner]
+    fields[:, _REQUEST] = owner if chosen is None else chosen[owner]
+    extent = kv_len
     if spec.causal:
-        # The tile's last row sees the most keys: up to kv_len - qo_len + its query, inclusive.
+        # The tile's last row sees the most keys.
         extent = np.maximum(last_row // spec.gqa_group_size + first_sees, 0)
-    else:
-        extent = kv_len[owner]
     fields[:, _KV_END] = extent
     kv_tiles = (extent + (config.cta_tile_kv - 1)) // config.cta_tile_kv
     order = _longest_first(kv_tiles)
@@ -252,7 +272,8 @@ def _launch(
 
 def _longest_first(kv_tiles: IntArray) -> npt.NDArray[np.intp]:
     """The order by descending KV tiles, equal ones as they come."""
-    longest = int(np.maximum.reduce(kv_tiles))
-    # NumPy sorts 16-bit integers by radix, several times as fast as wider ones.
-    key = np.uint16 if longest <= _UINT16_MAX else np.int32
-    return (longest - kv_tiles).astype(key).argsort(kind="stable")
+    descending = ~kv_tiles
+    if int(np.maximum.reduce(kv_tiles)) <= _UINT16_MAX:
+        # NumPy sorts 16-bit integers by radix, several times as fast as wider ones.
+        return descending.astype(np.uint16).argsort(kind="stable")
+    return descending.argsort(kind="stable")

@@ -25,22 +25,23 @@ _UNSIGNED = {np.dtype(np.int32): np.uint32, np.dtype(np.int64): np.uint64}
 _BLOCK = 12288
 #: Packed rows and keys are counted in int32, the spare ones of the last tile or split too. More
 #: would not fit the memory of any GPU.
-_MAX_ROWS = _MAX_KEYS = 2**30
+_MAX_ROWS = _MAX_KEYS = _MAX_INT = 2**30
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def positive_int(value: object, name: str) -> int:
-    """`value` as an int of at least 1.
+    """`value` as an int of 1 to 2^30.
 
     Raises
     ------
     TypeError, ValueError
     """
-    if type(value) is int and value >= 1:
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} is {what(value)}, expected an int")
     if value < 1:
         raise ValueError(f"{name} = {value}, expected at least 1")
+    if value > _MAX_INT:
+        raise ValueError(f"{name} = {value}, expected at most {_MAX_INT}")
     return int(value)
 
 
@@ -52,21 +53,45 @@ def flag(value: object, name: str) -> bool:
 
 
 def scale(value: object, name: str) -> float:
-    """`value`, a number or an array of one element, as a finite float."""
+    """`value`, a number or an array of one element, as a finite float32."""
+    if isinstance(value, (str, bytes, bool, np.bool_)):
+        raise TypeError(f"{name} is {what(value)}, expected a number")
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {what(value)}, expected a number") from None
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} = {number}, expected a finite number")
+    if abs(number) > _MAX_FLOAT32:
+        raise ValueError(f"{name} = {number}, expected at most {_MAX_FLOAT32:.4g} in magnitude")
     return number
+
+
+def logit_scale(sm_scale: float, q_scale: object, k_scale: object) -> float:
+    """What multiplies `q·k`, checked in all."""
+    product = sm_scale
+    if q_scale is not None:
+        product *= scale(q_scale, "q_scale")
+    if k_scale is not None:
+        product *= scale(k_scale, "k_scale")
+    # The kernels work in base 2, with the factor times log2(e).
+    highest = _MAX_FLOAT32 / 2
+    if abs(product) > highest:
+        raise ValueError(
+            f"sm_scale * q_scale * k_scale = {product}, expected at most {highest:.4g} in magnitude"
+        )
+    return product
 
 
 def choice(value: object, name: str, choices: tuple[str, ...]) -> str:
     """`value` as one of `choices`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {what(value)}, expected one of {_quoted(choices)}")
     if value not in choices:
-        raise ValueError(f"{name} = {value!r}, expected one of {', '.join(map(repr, choices))}")
-    return str(value)
+        raise ValueError(f"{name} = {value!r}, expected one of {_quoted(choices)}")
+    return value
 
 
 def attention_spec(
@@ -199,14 +224,14 @@ def lengths(
                 f"paged_kv_last_page_len[{r}] = {last[r]}, "
                 f"expected {int(lowest[r])}..{page_size} (page_size={page_size})"
             )
-    most_pages = int(np.maximum.reduce(pages))
-    if most_pages * page_size > _MAX_KEYS:
+    if int(kv[-1]) * page_size > _MAX_KEYS:  # else no request has that many
         r = int(pages.argmax())
-        raise ValueError(
-            f"paged_kv_indptr: request {r} has {most_pages} pages of {page_size} tokens, "
-            f"expected at most {_MAX_KEYS} tokens"
-        )
-    kv_len = (pages - np.int32(1)) * np.int32(page_size) + last.astype(np.int32)
+        if int(pages[r]) * page_size > _MAX_KEYS:
+            raise ValueError(
+                f"paged_kv_indptr: request {r} has {pages[r]} pages of {page_size} tokens, "
+                f"expected at most {_MAX_KEYS} tokens"
+            )
+    kv_len = (pages - 1) * page_size + last.astype(np.int32)
     if np.minimum.reduce(pages) == 0:
         kv_len[pages == 0] = 0
     return Lengths(qo, kv, qo_len, kv_len)
@@ -321,6 +346,10 @@ def _entries(count: int) -> str:
 
 def _listed(values: tuple[object, ...]) -> str:
     return ", ".join(map(str, values))
+
+
+def _quoted(values: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, values))
 
 
 def what(value: object) -> str:

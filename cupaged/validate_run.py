@@ -77,7 +77,8 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any]:
 
 def _check_dtype(array: Any, spec: AttentionSpec, name: str, argument: str) -> None:
     if array.dtype != DTYPES[spec.dtype]:
-        raise TypeError(f"{name} is {array.dtype.name}, expected {argument} = {spec.dtype}")
+        order = "" if array.dtype.isnative else " in foreign byte order"
+        raise TypeError(f"{name} is {array.dtype.name}{order}, expected {argument} = {spec.dtype}")
 
 
 def _check_last_axis(array: Any, name: str) -> None:

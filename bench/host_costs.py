@@ -1,0 +1,195 @@
+"""What a call costs beside the kernel: planning, launching, importing, compiling, loading."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from contender import Contender, make_problem
+from timing import HostDevice, first_line, host_us
+from workloads import PageTable, Workload, issue192, make_page_table, ragged, shrink
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+Row = dict[str, Any]
+
+#: Planned for: name, requests, median query length.
+PLANS = (
+    ("plan-64", 64, 256.0),
+    ("plan-1024", 1024, 256.0),
+    ("plan-64-append", 64, 16.0),
+    ("plan-1024-append", 1024, 16.0),
+)
+PLAN_PAGE_SIZE = 16
+
+#: `run()` calls in a row: many, and still fewer than the GPU queues before the host must wait.
+RUN_CALLS = 100
+
+#: What `import cupaged` must not bring along.
+FOREIGN = ("cupy", "torch", "jax")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A measurement to be made: whose it is, and what returns its rows."""
+
+    name: str
+    contender: str
+    measure: Callable[[], Sequence[Row]]
+
+
+def host_row(name: str, contender: str, value: float | None, unit: str, note: str = "") -> Row:
+    """A row of the result about the host's side; a value of None stands for a failure."""
+    return {
+        "kind": "host",
+        "workload": name,
+        "contender": contender,
+        "value": value,
+        "unit": unit,
+        "note": note,
+        "status": "failed" if value is None else "ok",
+    }
+
+
+def host_costs(
+    contenders: Sequence[Contender], dtype: str, device: HostDevice, quick: bool
+) -> Iterator[Row]:
+    """All rows about the host; a measurement that fails gives a row that says so."""
+    rng = np.random.default_rng()
+    jobs = [
+        *plan_jobs(contenders, dtype, device, rng, quick),
+        *run_jobs(contenders, dtype, device, rng, quick),
+        Job("import", "cupaged", lambda: [import_row(3 if quick else 7)]),
+    ]
+    if device.backend == "cuda":
+        jobs.append(Job("first-call", "cupaged", first_call_rows))
+    for job in jobs:
+        try:
+            yield from job.measure()
+        # Whatever it is: the other figures are still wanted.
+        except Exception as error:
+            yield host_row(job.name, job.contender, None, "", first_line(error))
+
+
+def plan_jobs(
+    contenders: Sequence[Contender],
+    dtype: str,
+    device: HostDevice,
+    rng: np.random.Generator,
+    quick: bool,
+) -> Iterator[Job]:
+    """µs of `plan()` from host arrays, the device idle."""
+    for name, batch, query_median in PLANS:
+        workload = ragged(name, batch, query_median, PLAN_PAGE_SIZE)
+        if quick:
+            workload = shrink(workload)
+        table = make_page_table(workload, rng)
+
+        def measure(
+            contender: Contender, workload: Workload = workload, table: PageTable = table
+        ) -> list[Row]:
+            plan = contender.planner(workload, table, dtype)
+            if plan is None:
+                return []
+            plan()
+            times = host_us(plan, 5 if quick else 100, device)
+            note = f"{sum(workload.qo_lens)} queries, {len(table.kv_indices)} pages"
+            return [host_row(workload.name, contender.name, statistics.median(times), "us", note)]
+
+        for contender in contenders:
+            yield Job(name, contender.name, functools.partial(measure, contender))
+
+
+def run_jobs(
+    contenders: Sequence[Contender],
+    dtype: str,
+    device: HostDevice,
+    rng: np.random.Generator,
+    quick: bool,
+) -> Iterator[Job]:
+    """µs of host time of one call into a given output, calls following one another."""
+    workload = shrink(issue192()) if quick else issue192()
+    problem = make_problem(workload, dtype, device, rng)
+    calls = 2 if quick else RUN_CALLS
+
+    def measure(contender: Contender) -> list[Row]:
+        runner = contender.prepare(problem)
+        if runner.waits:
+            return []
+        runner.call()
+        times = host_us(runner.call, 3 if quick else 20, device, calls)
+        note = f"{calls} calls in a row, not waited for"
+        return [host_row("run-host", contender.name, statistics.median(times), "us", note)]
+
+    for contender in contenders:
+        if contender.unfit(workload) is None:
+            yield Job("run-host", contender.name, functools.partial(measure, contender))
+
+
+def run_python(arguments: Sequence[str], environment: dict[str, str]) -> str:
+    """What a new Python process prints; it finds this checkout's package.
+
+    Raises
+    ------
+    RuntimeError
+        It failed; the message is its last line.
+    """
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"exit status {done.returncode}")
+    return done.stdout
+
+
+def import_row(repeat: int) -> Row:
+    """Seconds of `import cupaged` in a fresh process, and what came along with it."""
+    program = (
+        "import sys, time; start = time.perf_counter(); import cupaged; "
+        "print(time.perf_counter() - start, "
+        f"*(name for name in {FOREIGN!r} if name in sys.modules))"
+    )
+    seconds, foreign = [], []
+    for _ in range(repeat):
+        taken, *foreign = run_python(["-c", program], {}).split()
+        seconds.append(float(taken))
+    note = f"brings {', '.join(foreign)}" if foreign else f"free of {', '.join(FOREIGN)}"
+    return host_row("import", "cupaged", statistics.median(seconds), "s", note)
+
+
+def first_call_rows() -> list[Row]:
+    """A process's first call on an empty kernel cache, and on the cache that one leaves.
+
+    What a later call of the same process takes is subtracted, so that compiling and loading
+    remain.
+    """
+    with tempfile.TemporaryDirectory(prefix="cupaged-bench-") as folder:
+        environment = {"CUPAGED_CACHE_DIR": folder}
+        times = [
+            json.loads(run_python([str(HERE / "first_call.py")], environment)) for _ in range(2)
+        ]
+        files = sum(1 for path in Path(folder).rglob("*") if path.is_file())
+    compiled, loaded = (t["first_ms"] - t["later_ms"] for t in times)
+    note = f"{files} files in the cache, {os.cpu_count()} cores"
+    return [
+        host_row("kernel-compile", "cupaged", compiled / 1e3, "s", note),
+        host_row("kernel-load", "cupaged", loaded, "ms", "from the disk cache"),
+    ]

@@ -1,0 +1,272 @@
+"""Results as JSON, as a table and as a picture; and the header that says what was measured."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from timing import HostDevice
+
+Row = dict[str, Any]
+
+#: Folders whose content decides the figures.
+PRODUCT = ("cupaged", "kernels_cu")
+
+#: A column: its heading, its width (negative: to the left), the row's key, its format.
+COLUMNS = (
+    ("workload", -21, "workload", "s"),
+    ("contender", -14, "contender", "s"),
+    ("µs", 9, "us", ".1f"),
+    ("graph µs", 9, "graph_us", ".1f"),
+    ("TFLOP/s", 8, "tflops", ".1f"),
+    ("%mm", 5, "share_of_matmul", ".0%"),
+    ("GB/s", 7, "gbs", ".0f"),
+    ("%cp", 5, "share_of_copy", ".0%"),
+    ("speedup", 8, "speedup", ".2f"),
+    ("in graph", 8, "graph_speedup", ".2f"),
+    ("plan µs", 8, "plan_us", ".0f"),
+    ("rel.err", 8, "max_rel_err", ".1e"),
+)
+
+#: No line of the report is longer.
+MAX_WIDTH = 129
+
+LEGEND = """\
+µs: median of single calls, by events on a GPU; graph µs: of calls back to back in a CUDA graph.
+A call shorter than its launch from Python has the launch for its µs: graph µs is the kernel's.
+TFLOP/s and GB/s are of µs: 4 head_dim FLOPs a visible (query head row, key) pair; K, V, Q read
+once, the output written once. %mm, %cp: of the matrix product and the copy above.
+speedup: cupaged over this contender, median of paired rounds. rel.err: of sampled rows.
+*: K and V fit in the L2 cache. !: wrong output."""
+
+
+def header(
+    device: HostDevice,
+    contenders: Mapping[str, str],
+    missing: Mapping[str, str],
+    ceilings: Mapping[str, float | None],
+    root: Path,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What was measured, on what, when and how.
+
+    Parameters
+    ----------
+    device : HostDevice
+        What it ran on.
+    contenders : dict
+        Version by name of contender.
+    missing : dict
+        Reason by name of peer that was asked for and is not there.
+    ceilings : dict
+        As `HostDevice.ceilings` returns them.
+    root : Path
+        The checkout.
+    options : dict
+        The run's own: dtype, repeats and the like.
+    """
+    return {
+        **device.describe(),
+        **options,
+        "backend": device.backend,
+        "driver": driver_version(),
+        "python": platform.python_version(),
+        "versions": {name: installed(name) for name in ("numpy", "ml_dtypes", *CUPY)},
+        "contenders": dict(contenders),
+        "missing_peers": dict(missing),
+        **git_state(root),
+        "product_sha256": product_hash(root),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "ceilings": dict(ceilings),
+    }
+
+
+CUPY = ("cupy-cuda12x", "cupy-cuda13x")
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, None where it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def output_of(command: Sequence[str], folder: Path | None = None) -> str | None:
+    """What a command prints, None where it is not there or fails."""
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, None where there is none."""
+    said = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return said.splitlines()[0] if said else None
+
+
+def git_state(root: Path) -> dict[str, Any]:
+    """Commit of the checkout and whether it has changes; None where git can't tell."""
+    status = output_of(["git", "status", "--porcelain"], root)
+    return {
+        "git_commit": output_of(["git", "rev-parse", "HEAD"], root),
+        "git_dirty": None if status is None else status != "",
+    }
+
+
+def product_hash(root: Path) -> str:
+    """SHA-256 over the product's sources: says what was measured also where there is no git."""
+    digest = hashlib.sha256()
+    for folder in PRODUCT:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".cu", ".cuh"):
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+                digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def rates(row: Row, ceilings: Mapping[str, float | None]) -> Row:
+    """TFLOP/s, GB/s and their shares of the ceilings, for a row that has its µs."""
+    tflops = row["flops"] / row["us"] / 1e6
+    gbs = row["bytes"] / row["us"] / 1e3
+    matmul, copy = ceilings["matmul_tflops"], ceilings["copy_gbs"]
+    return {
+        "tflops": tflops,
+        "gbs": gbs,
+        "share_of_matmul": None if matmul is None else tflops / matmul,
+        "share_of_copy": None if copy is None else gbs / copy,
+    }
+
+
+def save(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write header and rows as JSON, replacing the file in one step."""
+    part = path.with_name(path.name + ".part")
+    content = {"header": head, "rows": [finite(row) for row in rows]}
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+
+
+def finite(row: Row) -> Row:
+    """The row as JSON can hold it: an error without bounds is null, and its note says why."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+
+
+def cell(value: Any, width: int, form: str) -> str:
+    """One value as a column shows it."""
+    text = "-" if value is None else format(value, form)
+    return text.ljust(-width) if width < 0 else text.rjust(width)
+
+
+def table(head: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
+    """Lines of the report: what was measured, the table, the host's costs, the notes."""
+    ceilings = head["ceilings"]
+    yield f"{head['gpu'] or 'host'} · {head['backend']} backend · {head['dtype']} · {head['date']}"
+    yield (
+        f"commit {head['git_commit'] or 'unknown'}{' + changes' if head['git_dirty'] else ''} · "
+        f"sources {head['product_sha256'][:12]}"
+    )
+    for name, version in head["contenders"].items():
+        yield f"{name}: {version}"
+    for name, reason in head["missing_peers"].items():
+        yield f"{name}: not here: {reason}"[:MAX_WIDTH]
+    if ceilings["matmul_tflops"] is not None:
+        yield (
+            f"ceilings: matrix product {ceilings['matmul_tflops']:.0f} TFLOP/s, "
+            f"copy {ceilings['copy_gbs']:.0f} GB/s"
+        )
+    attention = [row for row in rows if row["kind"] == "attention"]
+    yield from (line[:MAX_WIDTH] for line in notes(attention))
+    if attention:
+        yield from LEGEND.splitlines()
+        yield " ".join(cell(title, width, "s") for title, width, _, _ in COLUMNS)
+    last = None
+    for row in attention:
+        name = row["workload"] + ("*" if row["fits_l2"] else "")
+        # A name that stands in the line above is not said again.
+        shown = {**row, "workload": "" if name == last else name}
+        shown["contender"] += "!" if row["status"] == "wrong" else ""
+        yield " ".join(cell(shown[key], width, form) for _, width, key, form in COLUMNS).rstrip()
+        last = name
+    for row in rows:
+        if row["kind"] == "host":
+            value = cell(row["value"], 9, ".4g")
+            yield (
+                f"{row['workload']:21s} {row['contender']:14s} {value} "
+                f"{row['unit']:2s}  {row['note']}"
+            )[:MAX_WIDTH]
+
+
+def notes(attention: Sequence[Row]) -> Iterator[str]:
+    """What there is to say of the rows: the same of several workloads only once."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for row in attention:
+        for note in row["notes"]:
+            said.setdefault((row["contender"], note), []).append(row["workload"])
+    for (contender, note), workloads in said.items():
+        where = workloads[0] if len(workloads) == 1 else f"{len(workloads)} workloads"
+        yield f"{contender}, {where}: {note}"
+
+
+def plot(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Draw TFLOP/s by workload and contender, and over the page size where that was swept.
+
+    Needs matplotlib, which is imported here and nowhere else.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [row for row in rows if row["kind"] == "attention" and row["us"] is not None]
+    swept = [row for row in timed if row["swept"]]
+    fixed = [row for row in timed if not row["swept"]]
+    names = list(dict.fromkeys(row["contender"] for row in timed))
+    figure, axes = pyplot.subplots(
+        2 if swept and fixed else 1, 1, figsize=(12, 9 if swept and fixed else 5), squeeze=False
+    )
+    panels = iter(axes[:, 0])
+    if fixed:
+        panel = next(panels)
+        workloads = list(dict.fromkeys(row["workload"] for row in fixed))
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            mine = [row for row in fixed if row["contender"] == name]
+            places = [workloads.index(row["workload"]) + i * width for row in mine]
+            panel.bar(places, [row["tflops"] for row in mine], width, label=name)
+        middle = 0.4 - width / 2
+        panel.set_xticks([i + middle for i in range(len(workloads))], workloads, fontsize=8)
+        panel.legend(fontsize=8)
+        panel.set_ylabel("TFLOP/s")
+    if swept:
+        panel = next(panels)
+        for name in names:
+            mine = [row for row in swept if row["contender"] == name]
+            if mine:
+                sizes = [row["page_size"] for row in mine]
+                panel.plot(sizes, [row["tflops"] for row in mine], marker="o", label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("page size")
+        panel.set_ylabel("TFLOP/s")
+        panel.legend(fontsize=8)
+    figure.suptitle(f"{head['gpu'] or 'host, reference backend'} · {head['dtype']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

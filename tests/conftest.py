@@ -1,0 +1,124 @@
+"""Which tests run where, fresh random draws that can be repeated, and a cache of the session's own.
+
+`--seed N` repeats the draws of a failed test; hypothesis prints its own examples.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+_COMMON = {
+    "deadline": None,  # the first call of a kind compiles, imports or fills caches
+    "suppress_health_check": (HealthCheck.too_slow, HealthCheck.function_scoped_fixture),
+    "print_blob": True,
+}
+settings.register_profile("default", max_examples=100, **_COMMON)
+settings.register_profile("ci", max_examples=40, derandomize=False, database=None, **_COMMON)
+settings.register_profile("thorough", max_examples=2000, **_COMMON)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+_COMPUTE_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+_MIN_MAJOR = 8
+
+
+@lru_cache(maxsize=1)
+def _why_no_gpu() -> str | None:
+    """Why the GPU tests can't run, None where they can.
+
+    Asks the driver itself: a GPU that CuPy or the library can't use is a failure, and no reason to
+    skip.
+    """
+    names = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
+    for name in names:
+        try:
+            driver = ctypes.CDLL(name)
+            break
+        except OSError:
+            continue
+    else:
+        return f"no NVIDIA driver ({names[0]} not found)"
+    status = driver.cuInit(0)
+    if status:
+        return f"no usable GPU (cuInit returned {status})"
+    count, device, major = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return "no GPU"
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
+    if major.value < _MIN_MAJOR:
+        return f"the GPU has compute capability {major.value}.x, the kernels need 8.0"
+    return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=None, help="of the random draws")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "gpu: needs an NVIDIA GPU of compute capability 8.0 or later"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        reason = _why_no_gpu()
+        if reason is not None:
+            pytest.skip(reason)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh draws; a failing test's report says how to repeat them."""
+    seed = request.config.getoption("--seed")
+    if seed is None:
+        seed = secrets.randbits(32)
+    print(f"repeat the draws with --seed {seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Kernels are compiled anew, into a folder of the session's."""
+    folder = tmp_path_factory.mktemp("cupaged-cache")
+    folder.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUPAGED_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(_own_cache: Path) -> None:
+    """Compile every kernel of device 0, in as many threads as there are cores."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from cupaged import cuda, kernels
+
+    arch = cuda.device_model(0).arch
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(
+            pool.map(lambda config: kernels.cubin_path(config, arch), kernels.configurations(arch))
+        )
+
+
+@pytest.fixture(scope="session")
+def cp(compiled_kernels: None) -> Any:
+    """CuPy, with the library's kernels compiled.
+
+    The tests move bits and leave the arithmetic of 16-bit floats to NumPy: CuPy's own kernels for
+    those dtypes need CUDA headers, which the library does without.
+    """
+    import cupy
+
+    return cupy

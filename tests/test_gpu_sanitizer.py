@@ -1,0 +1,104 @@
+"""Every kernel configuration once, small: for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_gpu_sanitizer.py
+    compute-sanitizer --tool racecheck python -m pytest -m gpu tests/test_gpu_sanitizer.py
+
+Caches and outputs are allocated to the byte, so that a read or a store past them is one outside
+of an allocation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import batches
+import numpy as np
+import oracle
+import pytest
+import strategies
+from oracle import Formula
+from test_gpu_prefill import planned, schedule_of, to_gpu, to_host
+
+pytestmark = pytest.mark.gpu
+
+#: (queries, keys): a decode, a short append, and two of the long shape's tiles with a ragged end.
+LENGTHS = {"short": ([1, 3], [70, 130]), "long": ([45], [150])}
+
+
+@pytest.fixture(autouse=True)
+def exact_allocations(cp: Any) -> Any:
+    """Take memory from CUDA itself: CuPy's pool rounds up, and hides what is outside."""
+    cp.cuda.set_allocator(None)
+    yield
+    cp.cuda.Device().synchronize()
+    cp.cuda.set_allocator(cp.get_default_memory_pool().malloc)
+
+
+@pytest.mark.parametrize("shape", LENGTHS)
+@pytest.mark.parametrize("page_size", [16, 5])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_kernel_with_and_without_splits(
+    cp: Any, rng: np.random.Generator, dtype: str, head_dim: int, page_size: int, shape: str
+) -> None:
+    qo_len, kv_len = LENGTHS[shape]
+    for case, options in enumerate(
+        ({"disable_split_kv": True}, {"fixed_split_size": 48 // page_size})
+    ):
+        batch = batches.build(
+            rng,
+            qo_len,
+            kv_len,
+            page_size=page_size,
+            num_kv_heads=2,
+            group=3,
+            head_dim=head_dim,
+            dtype=dtype,
+            kv_layout=("NHD", "HND")[case],
+            cache_form=("tuple", "stacked")[case],
+            spare_pages=0,
+        )
+        formula = Formula(causal=True, sm_scale=(None, -0.1)[case])
+        wrapper = planned(batch, formula, **options)
+        (launch,) = schedule_of(wrapper).launches
+        assert launch.config.page_aligned == (page_size == 16)
+        assert (launch.config.cta_tile_q == 16) == (shape == "short")
+        assert bool(launch.num_merges) == bool(case)
+        on_gpu = batch.on(to_gpu)
+        out, lse = wrapper.run(on_gpu.q, on_gpu.cache, return_lse=True, **formula.run_options)
+        oracle.check_all(batch, formula, to_host(out), to_host(lse))
+
+
+def test_both_shapes_and_empty_rows_in_one_call(cp: Any, rng: np.random.Generator) -> None:
+    batch = batches.build(rng, [40, 1, 0, 20], [30, 90, 10, 0], page_size=2, group=2, spare_pages=0)
+    formula = Formula(causal=True)
+    wrapper = planned(batch, formula, fixed_split_size=16)
+    assert len(schedule_of(wrapper).launches) == 2
+    on_gpu = batch.on(to_gpu)
+    for _ in range(2):  # the second run finds the counters that the first has set back
+        out, lse = wrapper.run(on_gpu.q, on_gpu.cache, return_lse=True)
+        oracle.check_all(batch, formula, to_host(out), to_host(lse))
+
+
+@pytest.mark.parametrize("form", batches.Q_FORMS)
+def test_strided_and_unaligned_rows(cp: Any, rng: np.random.Generator, form: str) -> None:
+    batch = batches.build(
+        rng, [9, 20], [30, 33], group=3, q_form=form, cache_form="strided", spare_pages=0
+    )
+    wrapper = planned(batch, Formula())
+    on_gpu = batch.on(to_gpu)
+    out = batch.poisoned_out(form).on(to_gpu)
+    lse = batch.poisoned_lse(strided=True).on(to_gpu)
+    wrapper.run(on_gpu.q, on_gpu.cache, out=out.array, lse=lse.array)
+    oracle.check_all(batch, Formula(), out.on(to_host).array, lse.on(to_host).array)
+
+
+@pytest.mark.parametrize("group", strategies.GROUPS)
+def test_groups(cp: Any, rng: np.random.Generator, group: int) -> None:
+    batch = batches.build(
+        rng, [33, 2], [40, 50], group=group, num_kv_heads=1, page_size=7, spare_pages=0
+    )
+    wrapper = planned(batch, Formula(causal=True), disable_split_kv=True)
+    on_gpu = batch.on(to_gpu)
+    out = wrapper.run(on_gpu.q, on_gpu.cache)
+    oracle.check_all(batch, Formula(causal=True), to_host(out))
