@@ -87,6 +87,8 @@ SHORT_MAX_ROWS = 32
 #: Short requests ride along in long tiles where that adds at most this share to the work: a tile
 #: of their own would be a launch of its own.
 _RIDE_ALONG = 0.1
+_RIDE_ALONG_FEW_WAVES = 0.5
+_FEW_WAVES = 4
 _LONG_ROWS = 128
 
 #: Costs in units of one KV tile's time. An item pays ITEM_COST for its first loads, its last
@@ -99,7 +101,7 @@ _MIN_TILES_PER_SPLIT = 4
 
 #: Candidate splits, in shares of a slot's mean work: one or two waves of thread blocks, with slack
 #: for chunks that don't divide the tiles evenly.
-_CANDIDATES = (0.5, 0.55, 0.7, 1.0, 1.1, 1.4)
+_CANDIDATES = (0.55, 0.75, 1.0, 1.15)
 
 
 def tile_class(arch: int) -> str:
@@ -139,7 +141,13 @@ def page_aligned(page_size: int) -> bool:
 
 
 def choose_shapes(
-    packed_len: IntArray, kv_len: IntArray, num_kv_heads: int, slots: int, by_request: bool
+    packed_len: IntArray,
+    kv_len: IntArray,
+    fewest: int,
+    most: int,
+    num_kv_heads: int,
+    slots: int,
+    by_request: bool,
 ) -> dict[Shape, IntArray | None]:
     """Which requests take which shape of query tile.
 
@@ -147,6 +155,8 @@ def choose_shapes(
     ----------
     packed_len, kv_len : int32 [batch]
         Packed query rows and keys of each request; some request has a row.
+    fewest, most : int
+        The extremes of `packed_len`.
     num_kv_heads : int
     slots : int
         Thread blocks of the long shape that run at once.
@@ -158,9 +168,9 @@ def choose_shapes(
     dict
         Shape → indices of requests, in order; None for all of them. Only shapes that occur.
     """
-    if int(np.maximum.reduce(packed_len)) <= SHORT_MAX_ROWS:
+    if most <= SHORT_MAX_ROWS:
         return {"short": None}
-    if int(np.minimum.reduce(packed_len)) > SHORT_MAX_ROWS:
+    if fewest > SHORT_MAX_ROWS:
         return {"long": None}
     short = (packed_len <= SHORT_MAX_ROWS) & (packed_len > 0)
     if not by_request and _ride_along(packed_len, kv_len, short, num_kv_heads, slots):
@@ -182,20 +192,20 @@ def _ride_along(
 ) -> bool:
     """Whether the short requests had better take long tiles too.
 
-    A shape of their own would be a launch of its own. They ride along where they add little to
-    the work, as the keys that tiles read tell it; or where the whole batch fits one wave that
-    they don't prolong.
+    A shape of their own would be a launch of its own, with its own ragged end. They ride along
+    where they add little to the work, as the keys that tiles read tell it; and in a batch of few
+    waves, which such an end costs more, also where they add more, if none is the longest of all.
     """
     keys = kv_len.astype(np.float64)  # in which NumPy's dot product is fastest, and can't overflow
     short_work = float(keys.dot(short))
     long_work = float(keys.dot(packed_len * ~short)) / _LONG_ROWS
     if short_work <= _RIDE_ALONG * long_work:
         return True
-    tiles = int(np.add.reduce(-(-packed_len // _LONG_ROWS)))
-    longest = int(np.maximum.reduce(kv_len, where=~short, initial=0))
-    return tiles * num_kv_heads <= slots and bool(
-        np.maximum.reduce(kv_len, where=short, initial=0) <= longest
-    )
+    rows = int(np.add.reduce(packed_len, dtype=np.int64))
+    tiles = rows // _LONG_ROWS + len(packed_len)  # at most
+    if tiles * num_kv_heads > _FEW_WAVES * slots or short_work > _RIDE_ALONG_FEW_WAVES * long_work:
+        return False
+    return bool(float(np.maximum.reduce(keys * short)) <= float(np.maximum.reduce(keys * ~short)))
 
 
 def choose_split(kv_tiles: IntArray, num_kv_heads: int, slots: int) -> int | None:

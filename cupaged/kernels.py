@@ -5,17 +5,19 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cupaged import heuristics, source
 from cupaged.errors import BackendUnavailableError
 from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, KernelConfig
+
+if TYPE_CHECKING:
+    from tempfile import TemporaryDirectory
 
 KERNEL_NAME = "cupaged_prefill"
 
@@ -152,8 +154,10 @@ def private_folder() -> Path:
 
 
 @lru_cache(maxsize=1)
-def _process_folder() -> tempfile.TemporaryDirectory[str]:
+def _process_folder() -> TemporaryDirectory[str]:
     """A folder that goes with the process."""
+    import tempfile  # which takes longer to import than this package, and is seldom needed
+
     return tempfile.TemporaryDirectory(prefix="cupaged-")
 
 
@@ -184,6 +188,8 @@ def find_cached(config: KernelConfig, arch: int) -> Path | None:
 
 def _store(config: KernelConfig, arch: int, cubin: bytes) -> Path:
     """Write a cubin under its final name in one step, whoever else is writing it."""
+    import tempfile
+
     folder = private_folder()
     path = folder / f"{config.name}-{_key(config, arch)}-{_digest(cubin)}.cubin"
     descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")

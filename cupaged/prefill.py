@@ -9,7 +9,6 @@ import numpy as np
 
 from cupaged import arrays, schedule, unserved, validate, validate_run
 from cupaged import backend as backend_room
-from cupaged.explain import explain
 from cupaged.spec import DTYPES, KVLayout
 
 LOG2_E = math.log2(math.e)
@@ -403,6 +402,8 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
         """
         if self._plan is None:
             raise RuntimeError("explain() before plan()")
+        from cupaged.explain import explain  # which nothing else needs
+
         return explain(self._plan.schedule)
 
 

@@ -147,6 +147,8 @@ def build(
         members = heuristics.choose_shapes(
             packed_len,
             lengths.kv_len,
+            int(np.minimum.reduce(packed_len)),
+            int(np.maximum.reduce(packed_len)),
             spec.num_kv_heads,
             heuristics.slots(long_config, device),
             by_request,

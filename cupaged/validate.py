@@ -155,14 +155,14 @@ def pos_encoding_mode(value: object) -> None:
         )
 
 
-def _indptr(indptr: HostIndex, name: str) -> tuple[IntArray, IntArray]:
-    """An indptr array's values and differences, as int32."""
+def _indptr(indptr: HostIndex, name: str) -> None:
+    """Find what is wrong with an indptr array, if anything is."""
     if indptr.ndim != 1 or len(indptr) == 0:
         raise ValueError(f"{name} has shape {indptr.shape}, expected (batch + 1,)")
     if indptr[0] != 0:
         raise ValueError(f"{name}[0] = {indptr[0]}, expected 0")
     decreasing = indptr[1:] < indptr[:-1]
-    if np.logical_or.reduce(decreasing):
+    if decreasing.any():
         r = int(decreasing.argmax())
         raise ValueError(
             f"{name}[{r + 1}] = {indptr[r + 1]} (end of request {r}), "
@@ -170,8 +170,39 @@ def _indptr(indptr: HostIndex, name: str) -> tuple[IntArray, IntArray]:
         )
     if indptr[-1] > _INT32_MAX:
         raise ValueError(f"{name}[{len(indptr) - 1}] = {indptr[-1]}, expected at most {_INT32_MAX}")
-    values = indptr.astype(np.int32)
-    return values, values[1:] - values[:-1]
+
+
+def _both_indptr(
+    qo_indptr: HostIndex, paged_kv_indptr: HostIndex
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Check the indptr arrays; their values [2, batch + 1] and differences [2, batch]."""
+    shape = qo_indptr.shape
+    if (
+        qo_indptr.dtype == paged_kv_indptr.dtype == np.int32
+        and len(shape) == 1
+        and shape == paged_kv_indptr.shape
+        and shape[0] > 0
+    ):
+        values = np.empty((2, shape[0]), np.int32)
+        values[0] = qo_indptr
+        values[1] = paged_kv_indptr
+        counts = values[:, 1:] - values[:, :-1]
+        # Without negative values no difference has wrapped around.
+        if (
+            values[0, 0] == values[1, 0] == 0
+            and np.minimum.reduce(values, axis=None) == 0
+            and np.minimum.reduce(counts, axis=None, initial=0) == 0
+        ):
+            return values, counts
+    _indptr(qo_indptr, "qo_indptr")
+    _indptr(paged_kv_indptr, "paged_kv_indptr")
+    if len(qo_indptr) != len(paged_kv_indptr):
+        raise ValueError(
+            f"paged_kv_indptr has {_entries(len(paged_kv_indptr))}, expected {len(qo_indptr)} = "
+            f"batch + 1: qo_indptr has {_entries(len(qo_indptr))}"
+        )
+    values = np.stack((qo_indptr, paged_kv_indptr)).astype(np.int32)
+    return values, np.diff(values)
 
 
 def lengths(
@@ -193,14 +224,8 @@ def lengths(
         Names the array, the request, what was expected and what came.
     """
     page_size = spec.page_size
-    qo, qo_len = _indptr(qo_indptr, "qo_indptr")
-    kv, pages = _indptr(paged_kv_indptr, "paged_kv_indptr")
+    (qo, kv), (qo_len, pages) = _both_indptr(qo_indptr, paged_kv_indptr)
     batch = len(qo_len)
-    if len(pages) != batch:
-        raise ValueError(
-            f"paged_kv_indptr has {_entries(len(kv))}, expected {batch + 1} = batch + 1: "
-            f"qo_indptr has {_entries(len(qo))}"
-        )
     last = paged_kv_last_page_len
     if last.shape != (batch,):
         raise ValueError(

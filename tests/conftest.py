@@ -9,6 +9,8 @@ import ctypes
 import os
 import secrets
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +19,15 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Their assertions shall say what was compared, as those of the tests do.
+pytest.register_assert_rewrite("gpu_calls", "processes", "small_call", "stand_ins", "strategies")
+
+# The benchmark is a folder of scripts, no package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+
+# JAX would take three quarters of the GPU's memory as soon as it touches it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 _COMMON = {
     "deadline": None,  # the first call of a kind compiles, imports or fills caches
@@ -27,6 +38,19 @@ settings.register_profile("default", max_examples=100, **_COMMON)
 settings.register_profile("ci", max_examples=40, derandomize=False, database=None, **_COMMON)
 settings.register_profile("thorough", max_examples=2000, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+# Spins, then fills x: what reads x without waiting reads what was there before.
+_LATE_WRITE = r"""
+extern "C" __global__ void late_write(unsigned* x, int n, unsigned value, long long delay_ns) {
+    unsigned long long begin, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (now - begin < delay_ns);
+    for (int i = threadIdx.x; i < n; i += blockDim.x) x[i] = value;
+}
+"""
+_DELAY_NS = 100_000_000
 
 _COMPUTE_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 _MIN_MAJOR = 8
@@ -122,3 +146,67 @@ def cp(compiled_kernels: None) -> Any:
     import cupy
 
     return cupy
+
+
+@pytest.fixture
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No kernel is loaded or cached, and what stood in for CuPy is forgotten afterwards."""
+    from cupaged import cuda, kernels, source
+
+    monkeypatch.setattr(kernels, "_loaded", {})
+    monkeypatch.setattr(kernels, "_locks", defaultdict(threading.Lock))
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "cache"))
+    remembered = (kernels.nvrtc, cuda.cupy, cuda.device_model, source.folder, source._inlined)
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
+
+
+@pytest.fixture
+def nvrtc(nothing_remembered: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What stands in for CuPy's binding of NVRTC."""
+    import stand_ins
+
+    binding = stand_ins.FakeNvrtc()
+    stand_ins.install(monkeypatch, binding)
+    return binding
+
+
+@pytest.fixture
+def torch() -> Any:
+    module = pytest.importorskip("torch")
+    if not module.cuda.is_available():
+        pytest.skip("PyTorch without CUDA")
+    return module
+
+
+@pytest.fixture
+def jax() -> Any:
+    module = pytest.importorskip("jax")
+    try:
+        module.devices("gpu")
+    except RuntimeError:
+        pytest.skip("JAX without CUDA")
+    return module
+
+
+@pytest.fixture
+def two_gpus(cp: Any) -> None:
+    if cp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("one GPU only")
+
+
+@pytest.fixture
+def late_write(cp: Any) -> Any:
+    """Fills a 4-byte CuPy array with a value, on the current stream, a good while from now."""
+    kernel = cp.RawKernel(_LATE_WRITE, "late_write")
+
+    def write(x: Any, value: Any) -> None:
+        bits = np.array(value, x.dtype).view(np.uint32)[()]
+        kernel((1,), (256,), (x, np.int32(x.size), bits, np.int64(_DELAY_NS)))
+
+    write(cp.empty(1, cp.float32), 0)  # compiled, and loaded
+    cp.cuda.Device().synchronize()
+    return write

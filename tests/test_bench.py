@@ -1,83 +1,22 @@
-"""The benchmark script: what it counts, what it calls wrong, and what it writes."""
+"""The benchmark's parts: what it counts, what it draws, what it calls wrong."""
 
 from __future__ import annotations
 
-import json
-import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import bench_prefill
+import check
+import contender
 import numpy as np
+import peers
 import pytest
+import timing
+import workloads
+from bench_problems import DTYPES, TABLE, bits, count_pairs, formula, ragged_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-import bench_prefill  # noqa: E402
-import check  # noqa: E402
-import contender  # noqa: E402
-import host_costs  # noqa: E402
-import peers  # noqa: E402
-import report  # noqa: E402
-import timing  # noqa: E402
-import workloads  # noqa: E402
-
-DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-TABLE = workloads.prefill_workloads(16)
-NAMES = [workload.name for workload in TABLE]
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-def count_pairs(qo_len: int, kv_len: int, causal: bool) -> int:
-    """Visible pairs of one request, counted one by one."""
-    return sum(not causal or j <= kv_len - qo_len + i for i in range(qo_len) for j in range(kv_len))
-
-
-def formula(problem: contender.Problem) -> np.ndarray:
-    """Attention as semantics.md words it, row by row and head by head, in float64."""
-    w, table = problem.workload, problem.table
-    out = np.zeros(problem.q.shape)
-    group = w.num_qo_heads // w.num_kv_heads
-    for r, (qo_len, kv_len) in enumerate(zip(w.qo_lens, w.kv_lens, strict=True)):
-        for i in range(qo_len):
-            row = table.qo_indptr[r] + i
-            for h in range(w.num_qo_heads):
-                keys, values = [], []
-                for j in range(kv_len):
-                    if not w.causal or j <= kv_len - qo_len + i:
-                        page = table.kv_indices[table.kv_indptr[r] + j // w.page_size]
-                        place = page, j % w.page_size, h // group
-                        keys.append(problem.k[place].astype(np.float64))
-                        values.append(problem.v[place].astype(np.float64))
-                if keys:
-                    logits = np.array(keys) @ problem.q[row, h].astype(np.float64)
-                    weights = np.exp((logits - logits.max()) / math.sqrt(w.head_dim))
-                    out[row, h] = weights @ np.array(values) / weights.sum()
-    return out
-
-
-def ragged_problem(rng: np.random.Generator, dtype: str = "float16") -> contender.Problem:
-    """Small, with a request without queries, one without keys, and rows that see none."""
-    workload = workloads.Workload("small", (5, 0, 3, 9, 1), (11, 6, 0, 4, 13), 4, 2, True, 3, 16)
-    return contender.make_problem(workload, dtype, timing.HostDevice(), rng)
-
-
-def bits(out: np.ndarray, dtype: str) -> np.ndarray:
-    return out.astype(DTYPES[dtype]).view(np.uint16)
-
-
-# --- what is counted ---
+# What is counted
 
 
 @settings(deadline=None)
@@ -124,7 +63,7 @@ def test_shrunk_workloads_keep_their_shape(workload: workloads.Workload) -> None
     assert all(kv >= qo > 0 for qo, kv in zip(small.qo_lens, small.kv_lens, strict=True))
 
 
-# --- the arrays ---
+# The arrays
 
 
 @settings(deadline=None)
@@ -183,7 +122,7 @@ def test_numbers_drawn_in_pieces_are_normal(
     assert len({piece[:8].tobytes() for piece in pieces}) == 10
 
 
-# --- what is called wrong ---
+# What is called wrong
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -269,7 +208,7 @@ def test_sampled_rows_hold_the_first_and_the_last(
     assert len(set(rows.tolist())) == len(rows) >= min(qo_len, 3)
 
 
-# --- times ---
+# Times
 
 
 def test_contenders_take_turns() -> None:
@@ -322,7 +261,7 @@ def test_speedup_is_above_one_where_cupaged_is_faster() -> None:
     assert rows == {"cupaged": {"speedup": None}, "peer": {"speedup": 3.0}}
 
 
-# --- peers ---
+# Peers
 
 
 def test_scaled_dot_product_attention_gets_only_what_it_computes() -> None:
@@ -358,244 +297,3 @@ def test_missing_peers_say_why_in_one_line() -> None:
         "b": "OSError: libx.so: cannot open",
         "c": "its prebuilt modules are float16",
     }
-
-
-# --- the script ---
-
-
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "bench_prefill.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
-def test_quick_runs_everything_on_the_reference_backend(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    done = run_script("--quick", "--dtype", "bfloat16", "--json", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(path.read_text())
-    head = result["header"]
-    assert head["backend"] == "reference"
-    assert head["dtype"] == "bfloat16"
-    assert head["quick"] is True
-    assert head["contenders"].keys() == {"cupaged"}
-    assert head["product_sha256"] == report.product_hash(ROOT)
-    assert head["command"].endswith(str(path))
-    assert {"gpu", "driver", "git_commit", "git_dirty", "date", "ceilings"} <= head.keys()
-
-    attention = [row for row in result["rows"] if row["kind"] == "attention"]
-    expected = [w.name for w in (*TABLE, *workloads.page_sweep())]
-    assert [row["workload"] for row in attention] == expected
-    for row in attention:
-        assert row["status"] == "ok", row["notes"]
-        assert 0 < row["max_rel_err"] <= 4 * 2.0**-8
-        pairs = sum(
-            count_pairs(qo, kv, row["causal"])
-            for qo, kv in zip(row["qo_lens"], row["kv_lens"], strict=True)
-        )
-        flops = 4 * row["head_dim"] * row["num_qo_heads"] * pairs
-        assert row["flops"] == flops
-        assert len(row["us_all"]) == 3
-        assert row["us"] == np.median(row["us_all"]) > 0
-        assert row["tflops"] == pytest.approx(flops / (row["us"] * 1e-6) / 1e12)
-        assert row["gbs"] == pytest.approx(row["bytes"] / (row["us"] * 1e-6) / 1e9)
-        assert row["plan_us"] > 0
-
-    host = {row["workload"]: row for row in result["rows"] if row["kind"] == "host"}
-    plans = {name for name, _, _ in host_costs.PLANS}
-    assert host.keys() == plans | {"run-host", "import"}
-    assert all(row["value"] > 0 for row in host.values())
-    assert host["import"]["note"] == "free of cupy, torch, jax"
-
-    lines = done.stdout.splitlines()
-    assert max(map(len, lines)) < 130
-    for name in (*expected, *host):
-        assert any(line.startswith(name) for line in lines), name
-    assert lines[-1].startswith("import")
-
-
-def test_a_wrong_result_makes_the_script_exit_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    right = contender.CupagedRunner.call
-
-    def wrong(self: Any) -> None:
-        right(self)
-        self.out[0, 1] = self.out[0, 0]
-
-    monkeypatch.setattr(contender.CupagedRunner, "call", wrong)
-    path = tmp_path / "result.json"
-    assert bench_prefill.main(["--quick", "--workloads", "issue192", "--json", str(path)]) == 1
-    (row,) = json.loads(path.read_text())["rows"]
-    assert row["status"] == "wrong"
-    assert row["notes"][0].startswith("wrong: request 0, row 0, head 1: off by ")
-    out = capsys.readouterr().out
-    assert "cupaged!" in out
-    assert "cupaged, issue192: wrong: request 0, row 0, head 1: off by " in out
-
-
-def test_an_error_is_a_result_and_the_other_workloads_still_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    right = contender.CupagedRunner.call
-
-    def failing(self: Any) -> None:
-        if self.problem.workload.name == "4x4096":
-            raise RuntimeError("no such luck\nat all")
-        right(self)
-
-    monkeypatch.setattr(contender.CupagedRunner, "call", failing)
-    path = tmp_path / "result.json"
-    assert (
-        bench_prefill.main(["--quick", "--workloads", "4x4096,issue192", "--json", str(path)]) == 1
-    )
-    failed, fine = json.loads(path.read_text())["rows"]
-    assert (failed["status"], failed["us"], failed["notes"]) == (
-        "failed",
-        None,
-        ["RuntimeError: no such luck"],
-    )
-    assert fine["status"] == "ok"
-    assert fine["us"] > 0
-
-
-@pytest.mark.parametrize(
-    ("contender_name", "status", "expected"),
-    [
-        ("cupaged", "ok", 0),
-        ("cupaged", "wrong", 1),
-        ("cupaged", "failed", 1),
-        ("fa3", "wrong", 1),
-        ("fa3", "failed", 0),
-    ],
-)
-def test_the_exit_status_is_about_wrong_results_and_cupaged(
-    contender_name: str, status: str, expected: int
-) -> None:
-    rows = [
-        {"contender": "cupaged", "status": "ok"},
-        {"contender": contender_name, "status": status},
-    ]
-    assert bench_prefill.exit_status(rows) == expected
-
-
-def test_a_host_cost_that_fails_is_a_row_and_the_others_still_come(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def failing(repeat: int) -> Any:
-        raise RuntimeError("no such luck")
-
-    monkeypatch.setattr(host_costs, "import_row", failing)
-    assert bench_prefill.main(["--quick", "--workloads", "host"]) == 1
-    out = capsys.readouterr().out
-    assert "run-host" in out
-    assert "RuntimeError: no such luck" in out
-
-
-def test_without_a_gpu_it_says_what_works_without_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Absent(timing.HostDevice):
-        def __init__(self) -> None:
-            raise timing.NoDeviceError("no CUDA device: none")
-
-    monkeypatch.setattr(bench_prefill, "CudaDevice", Absent)
-    assert bench_prefill.main([]) == 2
-    assert capsys.readouterr().err == "no CUDA device: none; --quick needs no GPU\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--workloads", "4x4097"], "'4x4097' is unknown, expected some of 1x16384-full, "),
-        (["--peers", "fa9"], "'fa9' is unknown, expected some of sdpa-flash, "),
-        (["--repeat", "0"], "'0', expected a positive whole number"),
-        (["--quick", "--peers", "fa3"], "--peers need a GPU, --quick uses none"),
-    ],
-)
-def test_a_wrong_option_is_refused(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        bench_prefill.parse(arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_rows_of_any_content_fit_the_line() -> None:
-    problem = contender.make_problem(
-        TABLE[-1], "float16", timing.HostDevice(), np.random.default_rng()
-    )
-    row = bench_prefill.new_row(problem, "flashinfer-fa3") | {
-        "workload": "prefill-among-decodes",
-        "us": 123456.7,
-        "graph_us": 123456.7,
-        "tflops": 1234.5,
-        "gbs": 123456.0,
-        "share_of_matmul": 1.0,
-        "share_of_copy": 1.0,
-        "speedup": 123.45,
-        "graph_speedup": 123.45,
-        "plan_us": 12345.0,
-        "max_rel_err": math.inf,
-        "fits_l2": True,
-        "status": "wrong",
-        "notes": ["x" * 200],
-    }
-    host = host_costs.host_row("plan-1024-append", "flashinfer-fa3", 1234567.0, "us", "y" * 200)
-    head = {
-        "gpu": "NVIDIA H200",
-        "backend": "cuda",
-        "dtype": "bfloat16",
-        "date": "2026-11-22T00:00:00+00:00",
-        "git_commit": "0" * 40,
-        "git_dirty": True,
-        "product_sha256": "0" * 64,
-        "contenders": {"sdpa-cudnn": "torch 2.11.0+cu130, cuDNN 91900"},
-        "missing_peers": {"fa3": "z" * 200},
-        "ceilings": {"matmul_tflops": 790.0, "copy_gbs": 4300.0},
-    }
-    lines = list(report.table(head, [row, host]))
-    assert max(map(len, lines)) < 130
-    assert "prefill-among-decodes*" in "\n".join(lines)
-    assert "flashinfer-fa3!" in "\n".join(lines)
-
-
-def test_the_plot_shows_bars_and_the_sweep(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "plot.png"
-    status = bench_prefill.main(
-        ["--quick", "--workloads", "issue192,page-sweep", "--plot", str(path)]
-    )
-    assert status == 0
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.mark.gpu
-def test_a_run_on_the_gpu(tmp_path: Path) -> None:
-    cupy = pytest.importorskip("cupy")
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"no GPU: {error}")
-    path = tmp_path / "result.json"
-    done = run_script(
-        "--workloads", "16x1024,issue192,host", "--peers", "", "--repeat", "3", "--json", str(path)
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(path.read_text())
-    assert result["header"]["gpu"]
-    assert result["header"]["ceilings"]["matmul_tflops"] > 1
-    assert result["header"]["ceilings"]["copy_gbs"] > 1
-    attention = [row for row in result["rows"] if row["kind"] == "attention"]
-    assert [row["workload"] for row in attention] == ["16x1024", "issue192"]
-    for row in attention:
-        assert row["graph_us"] > 0
-        assert row["us"] > 0
-        assert 0 < row["share_of_matmul"] < 1
-    host = {row["workload"] for row in result["rows"] if row["kind"] == "host"}
-    assert {"run-host", "import", "kernel-compile", "kernel-load"} < host

@@ -16,8 +16,8 @@ import numpy as np
 import oracle
 import pytest
 import strategies
+from gpu_calls import planned, schedule_of, to_gpu, to_host
 from oracle import Formula
-from test_gpu_prefill import planned, schedule_of, to_gpu, to_host
 
 pytestmark = pytest.mark.gpu
 

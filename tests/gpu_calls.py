@@ -1,0 +1,73 @@
+"""Calls on a GPU: batches there, planned, run into poisoned arrays, and brought back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import batches
+import numpy as np
+import oracle
+from oracle import Formula
+
+import cupaged
+
+Wrapper = cupaged.BatchPrefillWithPagedKVCacheWrapper
+Results = tuple[np.ndarray, np.ndarray]
+
+
+def to_gpu(x: np.ndarray) -> Any:
+    """Move the bits, which takes no kernel of CuPy's."""
+    import cupy
+
+    return cupy.asarray(x.view(f"u{x.itemsize}")).view(x.dtype)
+
+
+def to_host(x: Any) -> np.ndarray:
+    return x.view(f"u{x.itemsize}").get().view(x.dtype)
+
+
+def schedule_of(wrapper: Wrapper) -> Any:
+    return wrapper._plan.schedule
+
+
+def planned(batch: batches.Batch, formula: Formula, **options: Any) -> Wrapper:
+    """Plan a batch with its index arrays on the host."""
+    workspace = options.pop("workspace", None)
+    wrapper = Wrapper(workspace, kv_layout=batch.kv_layout, backend="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cupaged.CupagedWarning)
+        batch.plan(wrapper, **formula.plan_options, **options)
+    return wrapper
+
+
+def run(wrapper: Wrapper, batch: batches.Batch, formula: Formula) -> Results:
+    """Run on the GPU into poisoned arrays; out and LSE on the host."""
+    on_gpu = batch.on(to_gpu)
+    out = to_gpu(batch.poisoned_out().storage)
+    lse = to_gpu(batch.poisoned_lse().storage)
+    wrapper.run(on_gpu.q, on_gpu.cache, out=out, lse=lse, **formula.run_options)
+    return to_host(out), to_host(lse)
+
+
+def attention(batch: batches.Batch, formula: Formula, **options: Any) -> Results:
+    return run(planned(batch, formula, **options), batch, formula)
+
+
+def check(batch: batches.Batch, formula: Formula, **options: Any) -> None:
+    oracle.check_all(batch, formula, *attention(batch, formula, **options))
+
+
+def same_bits(one: Results, other: Results) -> bool:
+    return all(a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+
+
+@contextmanager
+def told(what: object) -> Iterator[None]:
+    """Put the case in front of what an assertion says."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from None

@@ -1,0 +1,249 @@
+"""The benchmark as a script: what it runs, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import bench_prefill
+import contender
+import host_costs
+import numpy as np
+import pytest
+import report
+import timing
+import workloads
+from bench_problems import TABLE, count_pairs
+from processes import run_python
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_python(str(ROOT / "bench" / "bench_prefill.py"), *arguments)
+
+
+def test_quick_runs_everything_on_the_reference_backend(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    done = run_script("--quick", "--dtype", "bfloat16", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(path.read_text())
+    head = result["header"]
+    assert head["backend"] == "reference"
+    assert head["dtype"] == "bfloat16"
+    assert head["quick"] is True
+    assert head["contenders"].keys() == {"cupaged"}
+    assert head["product_sha256"] == report.product_hash(ROOT)
+    assert head["command"].endswith(str(path))
+    assert {"gpu", "driver", "git_commit", "git_dirty", "date", "ceilings"} <= head.keys()
+
+    attention = [row for row in result["rows"] if row["kind"] == "attention"]
+    expected = [w.name for w in (*TABLE, *workloads.page_sweep())]
+    assert [row["workload"] for row in attention] == expected
+    for row in attention:
+        assert row["status"] == "ok", row["notes"]
+        assert 0 < row["max_rel_err"] <= 4 * 2.0**-8
+        pairs = sum(
+            count_pairs(qo, kv, row["causal"])
+            for qo, kv in zip(row["qo_lens"], row["kv_lens"], strict=True)
+        )
+        flops = 4 * row["head_dim"] * row["num_qo_heads"] * pairs
+        assert row["flops"] == flops
+        assert len(row["us_all"]) == 3
+        assert row["us"] == np.median(row["us_all"]) > 0
+        assert row["tflops"] == pytest.approx(flops / (row["us"] * 1e-6) / 1e12)
+        assert row["gbs"] == pytest.approx(row["bytes"] / (row["us"] * 1e-6) / 1e9)
+        assert row["plan_us"] > 0
+
+    host = {row["workload"]: row for row in result["rows"] if row["kind"] == "host"}
+    plans = {name for name, _, _ in host_costs.PLANS}
+    assert host.keys() == plans | {"run-host", "import"}
+    assert all(row["value"] > 0 for row in host.values())
+    assert host["import"]["note"] == "free of cupy, torch, jax"
+
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) < 130
+    for name in (*expected, *host):
+        assert any(line.startswith(name) for line in lines), name
+    assert lines[-1].startswith("import")
+
+
+def test_a_wrong_result_makes_the_script_exit_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    right = contender.CupagedRunner.call
+
+    def wrong(self: Any) -> None:
+        right(self)
+        self.out[0, 1] = self.out[0, 0]
+
+    monkeypatch.setattr(contender.CupagedRunner, "call", wrong)
+    path = tmp_path / "result.json"
+    assert bench_prefill.main(["--quick", "--workloads", "issue192", "--json", str(path)]) == 1
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["status"] == "wrong"
+    assert row["notes"][0].startswith("wrong: request 0, row 0, head 1: off by ")
+    out = capsys.readouterr().out
+    assert "cupaged!" in out
+    assert "cupaged, issue192: wrong: request 0, row 0, head 1: off by " in out
+
+
+def test_an_error_is_a_result_and_the_other_workloads_still_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    right = contender.CupagedRunner.call
+
+    def failing(self: Any) -> None:
+        if self.problem.workload.name == "4x4096":
+            raise RuntimeError("no such luck\nat all")
+        right(self)
+
+    monkeypatch.setattr(contender.CupagedRunner, "call", failing)
+    path = tmp_path / "result.json"
+    assert (
+        bench_prefill.main(["--quick", "--workloads", "4x4096,issue192", "--json", str(path)]) == 1
+    )
+    failed, fine = json.loads(path.read_text())["rows"]
+    assert (failed["status"], failed["us"], failed["notes"]) == (
+        "failed",
+        None,
+        ["RuntimeError: no such luck"],
+    )
+    assert fine["status"] == "ok"
+    assert fine["us"] > 0
+
+
+@pytest.mark.parametrize(
+    ("contender_name", "status", "expected"),
+    [
+        ("cupaged", "ok", 0),
+        ("cupaged", "wrong", 1),
+        ("cupaged", "failed", 1),
+        ("fa3", "wrong", 1),
+        ("fa3", "failed", 0),
+    ],
+)
+def test_the_exit_status_is_about_wrong_results_and_cupaged(
+    contender_name: str, status: str, expected: int
+) -> None:
+    rows = [
+        {"contender": "cupaged", "status": "ok"},
+        {"contender": contender_name, "status": status},
+    ]
+    assert bench_prefill.exit_status(rows) == expected
+
+
+def test_a_host_cost_that_fails_is_a_row_and_the_others_still_come(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(repeat: int) -> Any:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(host_costs, "import_row", failing)
+    assert bench_prefill.main(["--quick", "--workloads", "host"]) == 1
+    out = capsys.readouterr().out
+    assert "run-host" in out
+    assert "RuntimeError: no such luck" in out
+
+
+def test_without_a_gpu_it_says_what_works_without_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Absent(timing.HostDevice):
+        def __init__(self) -> None:
+            raise timing.NoDeviceError("no CUDA device: none")
+
+    monkeypatch.setattr(bench_prefill, "CudaDevice", Absent)
+    assert bench_prefill.main([]) == 2
+    assert capsys.readouterr().err == "no CUDA device: none; --quick needs no GPU\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workloads", "4x4097"], "'4x4097' is unknown, expected some of 1x16384-full, "),
+        (["--peers", "fa9"], "'fa9' is unknown, expected some of sdpa-flash, "),
+        (["--repeat", "0"], "'0', expected a positive whole number"),
+        (["--quick", "--peers", "fa3"], "--peers need a GPU, --quick uses none"),
+    ],
+)
+def test_a_wrong_option_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench_prefill.parse(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rows_of_any_content_fit_the_line() -> None:
+    problem = contender.make_problem(
+        TABLE[-1], "float16", timing.HostDevice(), np.random.default_rng()
+    )
+    row = bench_prefill.new_row(problem, "flashinfer-fa3") | {
+        "workload": "prefill-among-decodes",
+        "us": 123456.7,
+        "graph_us": 123456.7,
+        "tflops": 1234.5,
+        "gbs": 123456.0,
+        "share_of_matmul": 1.0,
+        "share_of_copy": 1.0,
+        "speedup": 123.45,
+        "graph_speedup": 123.45,
+        "plan_us": 12345.0,
+        "max_rel_err": math.inf,
+        "fits_l2": True,
+        "status": "wrong",
+        "notes": ["x" * 200],
+    }
+    host = host_costs.host_row("plan-1024-append", "flashinfer-fa3", 1234567.0, "us", "y" * 200)
+    head = {
+        "gpu": "NVIDIA H200",
+        "backend": "cuda",
+        "dtype": "bfloat16",
+        "date": "2026-11-22T00:00:00+00:00",
+        "git_commit": "0" * 40,
+        "git_dirty": True,
+        "product_sha256": "0" * 64,
+        "contenders": {"sdpa-cudnn": "torch 2.11.0+cu130, cuDNN 91900"},
+        "missing_peers": {"fa3": "z" * 200},
+        "ceilings": {"matmul_tflops": 790.0, "copy_gbs": 4300.0},
+    }
+    lines = list(report.table(head, [row, host]))
+    assert max(map(len, lines)) < 130
+    assert "prefill-among-decodes*" in "\n".join(lines)
+    assert "flashinfer-fa3!" in "\n".join(lines)
+
+
+def test_the_plot_shows_bars_and_the_sweep(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    status = bench_prefill.main(
+        ["--quick", "--workloads", "issue192,page-sweep", "--plot", str(path)]
+    )
+    assert status == 0
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    done = run_script(
+        "--workloads", "16x1024,issue192,host", "--peers", "", "--repeat", "3", "--json", str(path)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(path.read_text())
+    assert result["header"]["gpu"]
+    assert result["header"]["ceilings"]["matmul_tflops"] > 1
+    assert result["header"]["ceilings"]["copy_gbs"] > 1
+    attention = [row for row in result["rows"] if row["kind"] == "attention"]
+    assert [row["workload"] for row in attention] == ["16x1024", "issue192"]
+    for row in attention:
+        assert row["graph_us"] > 0
+        assert row["us"] > 0
+        assert 0 < row["share_of_matmul"] < 1
+    host = {row["workload"] for row in result["rows"] if row["kind"] == "host"}
+    assert {"run-host", "import", "kernel-compile", "kernel-load"} < host

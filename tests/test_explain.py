@@ -1,0 +1,219 @@
+"""A plan as text and as a picture: that both say what the plan is."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cupaged
+from cupaged import examples, heuristics, schedule
+from cupaged import explain as explain_room
+from cupaged.explain import explain, finish_times, piece_costs
+from cupaged.spec import AttentionSpec, DeviceModel
+
+
+def build(
+    qo_len: list[int],
+    kv_len: list[int],
+    *,
+    heads: tuple[int, int] = (8, 2),
+    page_size: int = 16,
+    causal: bool = True,
+    num_sms: int = 132,
+    **options: Any,
+) -> schedule.Schedule:
+    qo, kv = np.array(qo_len, np.int32), np.array(kv_len, np.int32)
+    spec = AttentionSpec(*heads, 128, page_size, causal, 0.1, "float16", "NHD")
+    lengths = schedule.Lengths(
+        np.concatenate([[0], qo.cumsum()]).astype(np.int32),
+        np.concatenate([[0], (-(-kv // page_size)).cumsum()]).astype(np.int32),
+        qo,
+        kv,
+    )
+    return schedule.build(spec, lengths, DeviceModel(num_sms, 90), **options)
+
+
+def walk(costs: list[int], grid: int) -> list[int]:
+    """The grid clock tick by clock tick: who has nothing left to do takes the next piece."""
+    left, finish = [0] * grid, [0] * grid
+    queue = list(costs)
+    now = 0
+    while queue or any(left):
+        for block in range(grid):
+            if left[block] == 0 and queue:
+                left[block] = queue.pop(0)
+        now += 1
+        for block in range(grid):
+            if left[block]:
+                left[block] -= 1
+                finish[block] = now
+    return sorted(finish)
+
+
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 9))
+def test_finish_times_are_those_of_a_walk(costs: list[int], grid: int) -> None:
+    times = finish_times(np.array(costs, np.float64), grid)
+    assert times.tolist() == walk(costs, grid)
+    assert times.sum() == sum(costs)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 9))
+def test_evenly_shared_pieces_change_little(costs: list[int], grid: int) -> None:
+    costs.sort(reverse=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explain_room, "MAX_SIMULATED", 20)
+        times = finish_times(np.array(costs, np.float64), grid)
+    assert times.sum() == pytest.approx(sum(costs))
+    assert abs(times[-1] - walk(costs, grid)[-1]) <= costs[0]
+    if len(costs) <= max(20, grid):
+        assert times.tolist() == walk(costs, grid)
+
+
+SCHEDULES = {
+    "short and long": ([1, 700, 1, 0], [90000, 3000, 9, 5], {}),
+    "one wave": ([40, 100, 7], [100, 128, 65], {"heads": (2, 2)}),
+    "fixed splits": ([1, 40], [1000, 700], {"fixed_split_size": 3}),
+    "no splits": ([1, 40], [9000, 700], {"disable_split_kv": True}),
+    "full": ([300], [20000], {"causal": False, "heads": (3, 1)}),
+    "rows without keys": ([50, 40], [20, 0], {}),
+}
+
+
+@pytest.fixture(params=SCHEDULES, ids=lambda name: name.replace(" ", "-"))
+def planned(request: pytest.FixtureRequest) -> schedule.Schedule:
+    qo_len, kv_len, options = SCHEDULES[request.param]
+    return build(qo_len, kv_len, **options)
+
+
+def test_a_piece_costs_its_tiles_and_its_overhead(planned: schedule.Schedule) -> None:
+    for launch in planned.launches:
+        costs = iter(piece_costs(launch, planned.spec.num_kv_heads).tolist())
+        for item in launch.items:
+            tiles = len(range(item["kv_begin"], item["kv_end"], launch.config.cta_tile_kv))
+            split = heuristics.SPLIT_COST if item["num_splits"] > 1 else 0
+            for _ in range(planned.spec.num_kv_heads):
+                assert next(costs) == tiles + heuristics.ITEM_COST + split
+        assert next(costs, None) is None
+
+
+def sections(text: str) -> Iterator[dict[str, str]]:
+    """The labelled lines of each launch."""
+    for part in text.split("\n\n")[1:]:
+        yield dict(re.findall(r"^  (\w+) +(.*)$", part, re.MULTILINE))
+
+
+def numbers(text: str) -> list[float]:
+    return [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
+
+
+def test_the_text_says_what_the_plan_is(planned: schedule.Schedule) -> None:
+    text = explain(planned)
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.isascii()
+    assert f"workspace {planned.workspace_bytes:,} bytes" in text
+    seen = sum(
+        int(oracle.visible(qo, kv, planned.spec.causal).sum())
+        for qo, kv in zip(planned.lengths.qo_len, planned.lengths.kv_len, strict=True)
+    )
+    assert f"{seen:,} visible (query, key) pairs a head" in text
+    found = list(sections(text))
+    assert len(found) == len(planned.launches)
+    for section, launch in zip(found, planned.launches, strict=True):
+        assert f": {launch.config.name}\n" in text
+        config, heads = launch.config, planned.spec.num_kv_heads
+        assert numbers(section["tile"])[:3] == [
+            config.cta_tile_q,
+            config.cta_tile_kv,
+            config.num_threads,
+        ]
+        tiles = Counter((int(i["request"]), int(i["row_begin"])) for i in launch.items)
+        items = numbers(section["items"])
+        assert items[:2] == [len(launch.items), len(tiles)]
+        assert items[-2:] == [heads, heads * len(launch.items)]
+        rows = sum(
+            min(
+                int(planned.lengths.qo_len[r]) * planned.spec.gqa_group_size - row,
+                config.cta_tile_q,
+            )
+            for r, row in tiles
+        )
+        assert items[2] == round(100 * rows / (len(tiles) * config.cta_tile_q))
+        split = [count for count in tiles.values() if count > 1]
+        if split:
+            words = numbers(section["splits"])
+            assert words[:2] == [len(split), len(tiles)]
+            assert words[2] == min(split)
+            assert words[-2:] == [sum(split), config.cta_tile_q]
+        else:
+            assert section["splits"] == "none"
+        assert numbers(section["grid"])[:2] == [launch.grid, config.ctas_per_sm * 132]
+        costs = piece_costs(launch, heads)
+        last, mean, imbalance, full = numbers(section["finish"])
+        assert last == walk([int(c) for c in costs], launch.grid)[-1]
+        assert mean == pytest.approx(costs.sum() / launch.grid, abs=0.051)
+        assert imbalance == pytest.approx(last / (costs.sum() / launch.grid), abs=0.0051)
+        assert full == pytest.approx(
+            100 * costs.sum() / (last * config.ctas_per_sm * 132), abs=0.51
+        )
+        assert numbers(section["work"])[-1] == costs.max()
+
+
+def test_the_picture_counts_every_thread_block(planned: schedule.Schedule) -> None:
+    text = explain(planned)
+    bars = [
+        re.findall(r"^ +[\d.,]+ \|(#*) +(\d+)$", part, re.MULTILINE)
+        for part in text.split("\n\n")[1:]
+    ]
+    for rows, launch in zip(bars, planned.launches, strict=True):
+        assert 1 <= len(rows) <= 8
+        counts = [int(count) for _, count in rows]
+        assert sum(counts) == launch.grid
+        assert all(bool(bar) == (count != "0") for bar, count in rows)
+        longest = counts.index(max(counts))
+        assert len(rows[longest][0]) == 48
+
+
+def test_the_text_names_the_shape_and_why() -> None:
+    mixed = explain(build([1, 700], [90000, 3000]))
+    assert (
+        "rows: for requests of at most 32 (queries x group): reading K and V bounds them" in mixed
+    )
+    assert "rows: for requests of more than 32 (queries x group); 32 rows a warp," in mixed
+    assert "ride along" not in mixed
+    assert "2 shorter requests ride along" in explain(build([2000, 4, 4], [2000, 60, 60]))
+
+
+@pytest.mark.parametrize(("qo_len", "kv_len"), [([], []), ([0, 0], [7, 0])])
+def test_a_plan_without_rows(qo_len: list[int], kv_len: list[int]) -> None:
+    text = explain(build(qo_len, kv_len))
+    assert text.startswith(f"batch of {len(qo_len)} requests")
+    assert text.endswith("\n\nno query rows: nothing is launched")
+
+
+def test_sums_beyond_31_bits() -> None:
+    text = explain(build([65536, 65536], [65536, 131072], causal=False))
+    assert f"{3 * 2**32:,} visible (query, key) pairs a head, 52,776.56 GFLOP" in text
+
+
+def test_ten_thousand_items() -> None:
+    text = explain(build([1280] * 500, [4096] * 500, heads=(16, 16)))
+    (section,) = sections(text)
+    assert numbers(section["items"])[:2] == [5000, 5000]
+    assert numbers(section["items"])[-1] == 80000
+
+
+def test_wrapper_explains_its_plan() -> None:
+    wrapper = cupaged.BatchPrefillWithPagedKVCacheWrapper(backend="reference")
+    with pytest.raises(RuntimeError, match="before plan"):
+        wrapper.explain()
+    batch = examples.mixed()
+    wrapper.plan(**batch.plan_arguments(np.arange(batch.pages.sum(), dtype=np.int32)))
+    assert wrapper.explain().startswith("batch of 64 requests, causal attention, float16\n")

@@ -1,0 +1,103 @@
+"""Sources as they are rendered for the compiler."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cupaged import heuristics, kernels, source
+from cupaged.spec import DEVICE_STRUCTS
+
+pytestmark = pytest.mark.usefixtures("nothing_remembered")
+
+CONFIG = heuristics.kernel_config(90, "float16", 128, True, "long")
+OTHER = heuristics.kernel_config(90, "bfloat16", 128, True, "long")
+
+
+def test_a_rendered_source_is_whole() -> None:
+    """One text, with no file left to include and every header in it once."""
+    text = source.render(CONFIG)
+    assert not re.search(r"^\s*#\s*include", text, re.MULTILINE)
+    for header in source.folder().glob("*.cuh"):
+        begins = re.findall(rf'^#line 1 "{header.name}"$', text, re.MULTILINE)
+        assert len(begins) <= 1, header.name
+    assert '#line 1 "prefill_sm80.cu"' in text
+    assert "__global__" in text
+    assert kernels.KERNEL_NAME in text
+
+
+def test_line_directives_point_at_the_real_lines() -> None:
+    """Whatever the compiler says of a line is found there in the file that it names."""
+    name, number = "", 0
+    checked = 0
+    for line in source.render(CONFIG).splitlines():
+        directive = re.match(r'^#line (\d+) "(.+)"$', line)
+        if directive:
+            number, name = int(directive[1]), directive[2]
+            continue
+        if name and line.strip() and not line.startswith("static_assert(sizeof"):
+            original = (source.folder() / name).read_text().splitlines()
+            if number <= len(original):
+                assert line == original[number - 1], f"{name}:{number}"
+                checked += 1
+        number += 1
+    assert checked > 300
+
+
+def test_constants_of_a_configuration_are_in_its_prologue() -> None:
+    text = source.prologue(CONFIG)
+    for constant in (
+        "constexpr int HEAD_DIM = 128;",
+        f"constexpr int CTA_TILE_Q = {CONFIG.cta_tile_q};",
+        f"constexpr int CTA_TILE_KV = {CONFIG.cta_tile_kv};",
+        f"constexpr int NUM_THREADS = {CONFIG.num_threads};",
+        "constexpr bool PAGE_ALIGNED = true;",
+        "#define CUPAGED_BFLOAT16 0",
+    ):
+        assert constant in text
+    assert "#define CUPAGED_BFLOAT16 1" in source.prologue(OTHER)
+
+
+def test_device_structs_are_checked_field_by_field() -> None:
+    text = source.layout_checks()
+    for struct, dtype in DEVICE_STRUCTS.items():
+        assert f"static_assert(sizeof({struct}) == {dtype.itemsize});" in text
+        for field in dtype.names:
+            assert f"{struct}*)0)->{field}))" in text
+
+
+def test_missing_sources_say_where_they_were_looked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "cupaged"
+    monkeypatch.setattr(source, "__file__", str(package / "source.py"))
+    with pytest.raises(FileNotFoundError) as raised:
+        source.folder()
+    assert str(raised.value) == (
+        f"cupaged's CUDA sources are missing: looked for {package / 'kernels_cu'} and "
+        f"{tmp_path / 'kernels_cu'}; reinstall cupaged"
+    )
+
+
+def test_sources_inside_the_package_come_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "cupaged"
+    monkeypatch.setattr(source, "__file__", str(package / "source.py"))
+    for folder in (package / "kernels_cu", tmp_path / "kernels_cu"):
+        folder.mkdir(parents=True)
+    assert source.folder() == package / "kernels_cu"
+
+
+@pytest.mark.parametrize("arch", [*sorted(heuristics._SHARED_CLASS), 130])
+def test_configurations_fit_their_architecture(arch: int) -> None:
+    configs = list(kernels.configurations(arch))
+    assert len({config.name for config in configs}) == len(set(configs)) == len(configs) == 24
+    limit = heuristics.SHARED_LIMIT[heuristics.tile_class(arch)]
+    for config in configs:
+        assert config.shared_bytes <= limit
+        assert config.num_threads <= 1024
+        assert config.cta_tile_q % (16 * config.warps_q) == 0
+        assert config.cta_tile_kv % (16 * config.warps_kv) == 0

@@ -1,0 +1,127 @@
+"""Arguments of FlashInfer's that no backend serves: none is ignored in silence."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+from small_call import (
+    Wrapper,
+    check_error,
+    ints,
+    plan_arguments,
+    planned,
+    run_arguments,
+)
+
+CONSTRUCTOR_UNSERVED: dict[str, tuple[Any, str]] = {
+    "use_cuda_graph": (True, "True"),
+    "qo_indptr_buf": (ints(0), "a ndarray"),
+    "paged_kv_indptr_buf": (ints(0), "a ndarray"),
+    "paged_kv_indices_buf": (ints(0), "a ndarray"),
+    "paged_kv_last_page_len_buf": (ints(0), "a ndarray"),
+    "custom_mask_buf": (ints(0), "a ndarray"),
+    "mask_indptr_buf": (ints(0), "a ndarray"),
+    "jit_args": ([1], "a list"),
+    "jit_kwargs": ({"a": 1}, "a dict"),
+}
+PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
+    "custom_mask": (np.ones(60, np.bool_), "a ndarray"),
+    "packed_custom_mask": (np.ones(8, np.uint8), "a ndarray"),
+    "pos_encoding_mode": ("ALIBI", "'ALIBI'"),
+    "use_fp16_qk_reduction": (True, "True"),
+    "window_left": (0, "0"),
+    "logits_soft_cap": (30.0, "30.0"),
+    "rope_scale": (1.0, "1.0"),
+    "rope_theta": (1e4, "10000.0"),
+    "prefix_len_ptr": (ints(0), "a ndarray"),
+    "token_pos_in_items_ptr": (ints(0), "a ndarray"),
+    "token_pos_in_items_len": (4, "4"),
+    "max_item_len_ptr": (ints(0), "a ndarray"),
+    "seq_lens": (ints(0), "a ndarray"),
+    "seq_lens_q": (ints(0), "a ndarray"),
+    "block_tables": (ints(0), "a ndarray"),
+    "max_token_per_sequence": (8, "8"),
+    "max_sequence_kv": (8, "8"),
+    "uniform_q_len": (8, "8"),
+}
+RUN_UNSERVED: dict[str, tuple[Any, str]] = {
+    "lse_layout": ("HN", "'HN'"),
+    "enable_pdl": (True, "True"),
+    "window_left": (4, "4"),
+    "sinks": (np.zeros(4, np.float32), "a ndarray"),
+    "kv_cache_sf": (np.zeros(4, np.uint8), "a ndarray"),
+    "skip_softmax_threshold_scale_factor": (1.0, "1.0"),
+    "use_fp16_softmax": (True, "True"),
+    "uses_spcompress": (True, "True"),
+}
+
+
+@pytest.mark.parametrize(("name", "row"), CONSTRUCTOR_UNSERVED.items())
+def test_unserved_by_the_constructor(name: str, row: tuple[Any, str]) -> None:
+    value, words = row
+    check_error(
+        NotImplementedError,
+        f"{Wrapper.__name__}: {name}={words} is not served by any backend",
+        Wrapper,
+        **{name: value},
+    )
+
+
+@pytest.mark.parametrize(("name", "row"), PLAN_UNSERVED.items())
+def test_unserved_by_plan(name: str, row: tuple[Any, str]) -> None:
+    value, words = row
+    check_error(
+        NotImplementedError,
+        f"plan(): {name}={words} is not served by any backend",
+        planned,
+        **{name: value},
+    )
+
+
+@pytest.mark.parametrize(("name", "row"), RUN_UNSERVED.items())
+def test_unserved_by_run(name: str, row: tuple[Any, str]) -> None:
+    value, words = row
+    out = np.full((9, 4, 64), 7, np.float16)
+    check_error(
+        NotImplementedError,
+        f"run(): {name}={words} is not served by any backend",
+        planned().run,
+        **run_arguments(out=out, **{name: value}),
+    )
+    assert (out == 7).all()
+
+
+def test_no_argument_is_ignored() -> None:
+    """Every argument is served, checked above, or one that these lists know."""
+    served = {
+        "__init__": {"float_workspace_buffer", "kv_layout", "backend"} | set(CONSTRUCTOR_UNSERVED),
+        "plan": set(plan_arguments())
+        | {"head_dim_vo", "causal", "sm_scale", "q_data_type", "kv_data_type", "o_data_type"}
+        | {"non_blocking", "fixed_split_size", "disable_split_kv"}
+        | set(PLAN_UNSERVED),
+        "run": {"q", "paged_kv_cache", "q_scale", "k_scale", "v_scale", "out", "lse"}
+        | {"return_lse", "lse_base"}
+        | set(RUN_UNSERVED),
+    }
+    for method, names in served.items():
+        parameters = set(inspect.signature(getattr(Wrapper, method)).parameters) - {"self"}
+        assert parameters == names, method
+
+
+def test_what_is_off_in_flashinfer_is_served() -> None:
+    """Values that FlashInfer's users pass and that ask for nothing."""
+    Wrapper(use_cuda_graph=False)
+    wrapper = planned(
+        logits_soft_cap=0.0,
+        window_left=-1,
+        pos_encoding_mode="NONE",
+        use_fp16_qk_reduction=False,
+        custom_mask=None,
+        rope_scale=None,
+        token_pos_in_items_len=0,
+        non_blocking=False,
+    )
+    wrapper.run(**run_arguments(window_left=-1, enable_pdl=False, lse_layout="NH", sinks=None))
