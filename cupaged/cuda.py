@@ -94,6 +94,7 @@ def device_model(device: int) -> DeviceModel:
     return DeviceModel(num_sms=properties["multiProcessorCount"], arch=arch)
 
 
+@functools.cache
 def magic(divisor: int) -> tuple[int, int]:
     """Multiplier and shift for division by `divisor`, as `params.cuh` describes them.
 
