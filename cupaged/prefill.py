@@ -84,11 +84,12 @@ paged_kv_last_page_len_buf, custom_mask_buf, mask_indptr_buf, jit_args, jit_kwar
         float_workspace_buffer : array or None
             As the constructor takes it.
         """
-        self._workspace_owner = float_workspace_buffer
-        self._workspace = None
+        workspace = None
         if float_workspace_buffer is not None:
             workspace = arrays.import_tensor(float_workspace_buffer, "float_workspace_buffer")
-            self._workspace = validate_run.workspace(workspace)
+            validate_run.workspace(workspace)
+        self._workspace = workspace
+        self._workspace_owner = float_workspace_buffer
 
     def plan(
         self,
@@ -219,12 +220,12 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
             dtypes,
             self._kv_layout,
         )
+        disable_split_kv = validate.flag(disable_split_kv, "disable_split_kv")
+        non_blocking = validate.flag(non_blocking, "non_blocking")
         if fixed_split_size is not None:
             fixed_split_size = validate.positive_int(fixed_split_size, "fixed_split_size")
             if disable_split_kv:
                 raise ValueError("fixed_split_size and disable_split_kv exclude each other")
-        disable_split_kv = validate.flag(disable_split_kv, "disable_split_kv")
-        non_blocking = validate.flag(non_blocking, "non_blocking")
         lengths = validate.lengths(
             arrays.import_index(qo_indptr, "qo_indptr"),
             arrays.import_index(paged_kv_indptr, "paged_kv_indptr"),

@@ -53,12 +53,14 @@ def flag(value: object, name: str) -> bool:
 
 
 def scale(value: object, name: str) -> float:
-    """`value`, a number or an array of one element, as a finite float32."""
-    if isinstance(value, (str, bytes, bool, np.bool_)):
-        raise TypeError(f"{name} is {what(value)}, expected a number")
+    """`value`, a number or an array of one element, as a finite number of float32's range."""
     try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        # An array's own; of more than one element there is none.
+        number = value.item() if hasattr(value, "item") else value
+        if isinstance(number, (str, bytes, bool)):
+            raise TypeError
+        number = float(number)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} is {what(value)}, expected a number") from None
     except OverflowError:
         number = math.inf

@@ -77,8 +77,11 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any]:
 
 def _check_dtype(array: Any, spec: AttentionSpec, name: str, argument: str) -> None:
     if array.dtype != DTYPES[spec.dtype]:
-        order = "" if array.dtype.isnative else " in foreign byte order"
-        raise TypeError(f"{name} is {array.dtype.name}{order}, expected {argument} = {spec.dtype}")
+        raise TypeError(f"{name} is {_dtype_words(array)}, expected {argument} = {spec.dtype}")
+
+
+def _dtype_words(array: Any) -> str:
+    return str(array.dtype.name) + ("" if array.dtype.isnative else " in foreign byte order")
 
 
 def _check_last_axis(array: Any, name: str) -> None:
@@ -109,7 +112,7 @@ def given(
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
     if array.dtype != dtype:
-        raise TypeError(f"{name} is {array.dtype.name}, expected {dtype.name}")
+        raise TypeError(f"{name} is {_dtype_words(array)}, expected {dtype.name}")
     found = arrays.device_id(array)
     if found != device:
         raise ValueError(f"{name} is on {place(found)}, expected {place(device)} as q is")
@@ -140,8 +143,8 @@ def place(device: int | None) -> str:
     return "the host" if device is None else f"cuda:{device}"
 
 
-def workspace(array: Any) -> Any:
-    """Check a workspace: one contiguous piece of memory. Returns it."""
+def workspace(array: Any) -> None:
+    """Check a workspace: one contiguous piece of memory."""
     if not array.flags.c_contiguous:
         raise ValueError("float_workspace_buffer is not contiguous, expected one piece of memory")
     if arrays.device_id(array) is not None and array.data.ptr % _WORKSPACE_ALIGNMENT:
@@ -149,7 +152,6 @@ def workspace(array: Any) -> Any:
             f"float_workspace_buffer begins at address {array.data.ptr:#x}, "
             f"expected a multiple of {_WORKSPACE_ALIGNMENT}"
         )
-    return array
 
 
 def workspace_size(array: Any, needed: int) -> None:

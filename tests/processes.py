@@ -13,10 +13,8 @@ PARENT = Path(cupaged.__file__).resolve().parent.parent
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 _LONGEST = 600  # seconds
 
-#: In front of what racers race for: they have imported `cupaged`, and begin together.
 _TOGETHER = """
 import sys
-import cupaged
 print("ready", flush=True)
 sys.stdin.readline()
 """
@@ -40,11 +38,11 @@ def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProce
     return run_python("-m", "cupaged", *arguments, **environment)
 
 
-def race(script: str, count: int, **environment: str) -> list[str]:
-    """What each of so many processes prints that begin a script together."""
+def race(imports: str, script: str, count: int, **environment: str) -> list[str]:
+    """What each of so many processes prints that have the imports and begin a script together."""
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", _TOGETHER + script],
+            [sys.executable, "-c", imports + _TOGETHER + script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -60,7 +60,7 @@ def test_quick_runs_everything_on_the_reference_backend(tmp_path: Path) -> None:
 
     host = {row["workload"]: row for row in result["rows"] if row["kind"] == "host"}
     plans = {name for name, _, _ in host_costs.PLANS}
-    assert host.keys() == plans | {"run-host", "import"}
+    assert host.keys() == plans | {"run-host", "import", "import-wrapper"}
     assert all(row["value"] > 0 for row in host.values())
     assert host["import"]["note"] == "free of cupy, torch, jax"
 
@@ -142,7 +142,7 @@ def test_a_host_cost_that_fails_is_a_row_and_the_others_still_come(
     def failing(repeat: int) -> Any:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(host_costs, "import_row", failing)
+    monkeypatch.setattr(host_costs, "import_rows", failing)
     assert bench_prefill.main(["--quick", "--workloads", "host"]) == 1
     out = capsys.readouterr().out
     assert "run-host" in out
@@ -246,4 +246,4 @@ def test_a_run_on_the_gpu(tmp_path: Path) -> None:
         assert row["us"] > 0
         assert 0 < row["share_of_matmul"] < 1
     host = {row["workload"] for row in result["rows"] if row["kind"] == "host"}
-    assert {"run-host", "import", "kernel-compile", "kernel-load"} < host
+    assert {"run-host", "import", "import-wrapper", "kernel-compile", "kernel-load"} < host

@@ -18,6 +18,7 @@ from gpu_calls import (
     to_host,
 )
 from oracle import Formula
+from small_call import check_error
 
 pytestmark = pytest.mark.gpu
 
@@ -25,16 +26,16 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("form", batches.Q_FORMS)
-@pytest.mark.parametrize("which", ["q", "out"])
+@pytest.mark.parametrize("which", ["q", "out", "both"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_unaligned_and_strided_q_and_out(
     cp: Any, rng: np.random.Generator, form: str, which: str, dtype: str
 ) -> None:
-    q_form = form if which == "q" else "contiguous"
+    q_form = form if which != "out" else "contiguous"
     batch = batches.build(rng, [40, 1, 5], [50, 60, 5], group=3, dtype=dtype, q_form=q_form)
     wrapper = planned(batch, Formula())
     on_gpu = batch.on(to_gpu)
-    view = batch.poisoned_out(form if which == "out" else "contiguous").on(to_gpu)
+    view = batch.poisoned_out(form if which != "q" else "contiguous").on(to_gpu)
     lse = batch.poisoned_lse(strided=True).on(to_gpu)
     out = view.array
     assert wrapper.run(on_gpu.q, on_gpu.cache, out=out, lse=lse.array) is out
@@ -42,6 +43,88 @@ def test_unaligned_and_strided_q_and_out(
     oracle.check_all(batch, Formula(), on_host.array, lse_on_host.array)
     assert np.isnan(on_host.outside()).all()
     assert np.isnan(lse_on_host.outside()).all()
+
+
+def with_idle_strides(cp: Any, x: Any, step: int) -> Any:
+    """The same elements, with a stride of `step` elements on axes of length 1 but the last."""
+    strides = [
+        step * x.itemsize if length == 1 else stride
+        for length, stride in zip(x.shape[:-1], x.strides, strict=False)
+    ]
+    view = cp.ndarray(x.shape, x.dtype, x.data, (*strides, x.itemsize))
+    assert view.strides != x.strides
+    return view
+
+
+# (page size, KV heads, keys): what has length 1 is the pages, the heads, the page size, or all
+IDLE = {
+    "one page": (64, 2, 50),
+    "one head": (16, 1, 50),
+    "pages of one token": (1, 2, 50),
+    "one key": (1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("which", ["k", "v", "both"])
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize(("page_size", "num_kv_heads", "kv_len"), IDLE.values(), ids=IDLE)
+def test_idle_strides_of_the_cache_do_not_matter(
+    cp: Any,
+    rng: np.random.Generator,
+    page_size: int,
+    num_kv_heads: int,
+    kv_len: int,
+    kv_layout: str,
+    which: str,
+) -> None:
+    """Nothing lies a stride along an axis of length 1: frameworks put any number there."""
+    batch = batches.build(
+        rng,
+        [40],
+        [kv_len],
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        group=2,
+        kv_layout=kv_layout,
+        spare_pages=0,
+    )
+    k, v = batch.on(to_gpu).cache
+    if which != "v":
+        k = with_idle_strides(cp, k, 3)
+    if which != "k":
+        v = with_idle_strides(cp, v, 13)
+    wrapper = planned(batch, Formula())
+    out, lse = wrapper.run(to_gpu(batch.q), (k, v), return_lse=True)
+    oracle.check_all(batch, Formula(), to_host(out), to_host(lse))
+
+
+@pytest.mark.parametrize("which", ["q", "out", "both"])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_idle_strides_of_one_row_do_not_matter(
+    cp: Any, rng: np.random.Generator, dtype: str, group: int, which: str
+) -> None:
+    batch = batches.build(rng, [1], [70], num_kv_heads=1, group=group, dtype=dtype)
+    q, k_and_v = to_gpu(batch.q), batch.on(to_gpu).cache
+    out = memory = to_gpu(batch.poisoned_out().storage)
+    if which != "out":
+        q = with_idle_strides(cp, q, 7)
+    if which != "q":
+        out = with_idle_strides(cp, out, 5)
+    wrapper = planned(batch, Formula())
+    assert wrapper.run(q, k_and_v, out=out) is out
+    oracle.check_all(batch, Formula(), to_host(memory))
+
+
+def test_idle_strides_beside_a_q_that_is_copied(cp: Any, rng: np.random.Generator) -> None:
+    """Both at once: q and out go by way of copies, the cache's idle strides are passed over."""
+    batch = batches.build(rng, [40], [50], num_kv_heads=1, group=3, q_form="odd")
+    k, v = (with_idle_strides(cp, x, 3) for x in batch.on(to_gpu).cache)
+    view = batch.poisoned_out("offset").on(to_gpu)
+    planned(batch, Formula()).run(batch.on(to_gpu).q, (k, v), out=view.array)
+    on_host = view.on(to_host)
+    oracle.check_all(batch, Formula(), on_host.array)
+    assert np.isnan(on_host.outside()).all()
 
 
 @pytest.mark.parametrize("name", ["k cache", "v cache"])
@@ -152,12 +235,41 @@ def test_a_workspace_of_the_exact_size_and_no_byte_more(cp: Any, rng: np.random.
 def test_an_unaligned_workspace_is_refused(cp: Any) -> None:
     """The kernels store 16 bytes at a time."""
     workspace = cp.empty(1 << 16, np.uint8)[1:]
-    with pytest.raises(ValueError) as raised:
-        Wrapper(workspace)
-    assert str(raised.value) == (
+    message = (
         f"float_workspace_buffer begins at address {workspace.data.ptr:#x}, "
         "expected a multiple of 16"
     )
+    check_error(ValueError, message, Wrapper, workspace)
+    check_error(ValueError, message, Wrapper().reset_workspace_buffer, workspace)
+
+
+def test_another_workspace_is_taken_by_the_next_plan_alone(
+    cp: Any, rng: np.random.Generator
+) -> None:
+    """A run between uses the old one, and is right."""
+    batch = split_batch(rng)
+    on_gpu = batch.on(to_gpu)
+    old, new = (cp.empty(workspace_bytes(rng), np.uint8) for _ in range(2))
+
+    def written() -> tuple[bool, bool]:
+        """Which of the two a run writes to."""
+        for workspace in (old, new):
+            cp.cuda.runtime.memset(workspace.data.ptr, 0xFF, workspace.nbytes)
+        out, lse = wrapper.run(on_gpu.q, on_gpu.cache, return_lse=True)
+        oracle.check_all(batch, Formula(), to_host(out), to_host(lse))
+        in_old, in_new = (bool((workspace.get() != 0xFF).any()) for workspace in (old, new))
+        return in_old, in_new
+
+    wrapper = planned(batch, Formula(), fixed_split_size=4, workspace=old)
+    assert written() == (True, False)
+    wrapper.reset_workspace_buffer(new)
+    assert written() == (True, False)
+    batch.plan(wrapper, fixed_split_size=4)
+    assert written() == (False, True)
+    wrapper.reset_workspace_buffer(None)
+    assert written() == (False, True)
+    batch.plan(wrapper, fixed_split_size=4)
+    assert written() == (False, False)
 
 
 def test_a_workspace_of_any_dtype(cp: Any, rng: np.random.Generator) -> None:

@@ -158,15 +158,18 @@ def test_threads_each_with_a_wrapper(cp: Any, rng: np.random.Generator) -> None:
 
 # The cache of compiled kernels, in processes of their own
 
-RACE = """
+RACE_IMPORTS = """
 import hashlib
 import numpy as np, cupy
+from cupaged import BatchPrefillWithPagedKVCacheWrapper
+"""
+RACE = """
 rng = np.random.default_rng(5)
 def draw(*shape):
     bits = rng.standard_normal(shape).astype(np.float16).view(np.uint16)
     return cupy.asarray(bits).view(np.float16)
 q, k = draw(3, 4, 64), draw(4, 16, 2, 64)
-wrapper = cupaged.BatchPrefillWithPagedKVCacheWrapper(backend="cuda")
+wrapper = BatchPrefillWithPagedKVCacheWrapper(backend="cuda")
 wrapper.plan([0, 3], [0, 4], [2, 0, 3, 1], [7], 4, 2, 64, 16)
 out = wrapper.run(q, (k, k))
 print(hashlib.sha256(out.view(np.uint16).get().tobytes()).hexdigest(), flush=True)
@@ -178,11 +181,11 @@ def test_processes_race_for_a_kernel_and_a_damaged_one_is_made_anew(
 ) -> None:
     folder = tmp_path / "cache"
     place = {"CUPAGED_CACHE_DIR": str(folder)}
-    first, second = race(RACE, 2, **place)
+    first, second = race(RACE_IMPORTS, RACE, 2, **place)
     assert first == second
     (entry,) = folder.iterdir()
     whole = entry.read_bytes()
     entry.write_bytes(whole[: len(whole) // 2])
-    assert race(RACE, 1, **place) == [first]
+    assert race(RACE_IMPORTS, RACE, 1, **place) == [first]
     assert entry.read_bytes() == whole
     assert list(folder.iterdir()) == [entry]

@@ -257,8 +257,8 @@ def test_another_device_loads_the_compiled_kernel(monkeypatch: pytest.MonkeyPatc
     assert len(FakeModule.loaded) == 2
 
 
+RACE_IMPORTS = "from cupaged import heuristics, kernels"
 RACE = """
-from cupaged import heuristics, kernels
 config = heuristics.kernel_config(90, "float16", 64, True, "short")
 print(kernels.cubin_path(config, 90), flush=True)
 """
@@ -270,7 +270,7 @@ def test_two_processes_race_for_one_entry() -> None:
         kernels.nvrtc()
     except BackendUnavailableError as error:
         pytest.skip(str(error))
-    found = set(race(RACE, 2))
+    found = set(race(RACE_IMPORTS, RACE, 2))
     config = heuristics.kernel_config(90, "float16", 64, True, "short")
     assert found == {str(kernels.find_cached(config, 90))}
     assert [str(path) for path in kernels.cache_folder().iterdir()] == list(found)

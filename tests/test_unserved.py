@@ -59,38 +59,26 @@ RUN_UNSERVED: dict[str, tuple[Any, str]] = {
 }
 
 
+def check_unserved(where: str, name: str, row: tuple[Any, str], call: Any, **others: Any) -> None:
+    value, words = row
+    message = f"{where}: {name}={words} is not served by any backend"
+    check_error(NotImplementedError, message, call, **others, **{name: value})
+
+
 @pytest.mark.parametrize(("name", "row"), CONSTRUCTOR_UNSERVED.items())
 def test_unserved_by_the_constructor(name: str, row: tuple[Any, str]) -> None:
-    value, words = row
-    check_error(
-        NotImplementedError,
-        f"{Wrapper.__name__}: {name}={words} is not served by any backend",
-        Wrapper,
-        **{name: value},
-    )
+    check_unserved(Wrapper.__name__, name, row, Wrapper)
 
 
 @pytest.mark.parametrize(("name", "row"), PLAN_UNSERVED.items())
 def test_unserved_by_plan(name: str, row: tuple[Any, str]) -> None:
-    value, words = row
-    check_error(
-        NotImplementedError,
-        f"plan(): {name}={words} is not served by any backend",
-        planned,
-        **{name: value},
-    )
+    check_unserved("plan()", name, row, planned)
 
 
 @pytest.mark.parametrize(("name", "row"), RUN_UNSERVED.items())
 def test_unserved_by_run(name: str, row: tuple[Any, str]) -> None:
-    value, words = row
     out = np.full((9, 4, 64), 7, np.float16)
-    check_error(
-        NotImplementedError,
-        f"run(): {name}={words} is not served by any backend",
-        planned().run,
-        **run_arguments(out=out, **{name: value}),
-    )
+    check_unserved("run()", name, row, planned().run, **run_arguments(out=out))
     assert (out == 7).all()
 
 

@@ -21,6 +21,10 @@ from small_call import (
     run_arguments,
 )
 
+MODES = "expected one of 'NONE', 'ROPE_LLAMA', 'ALIBI'"
+LAYOUTS = "expected one of 'NHD', 'HND'"
+BACKENDS = "expected one of 'auto', 'reference', 'cuda'"
+
 # (arguments changed, error, its message)
 PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     # Numbers
@@ -51,15 +55,47 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"page_size": 16.0}, TypeError, "page_size is a float, expected an int"),
     ({"page_size": 0}, ValueError, "page_size = 0, expected at least 1"),
+    *(
+        ({name: value}, ValueError, f"{name} = {value}, expected at most 1073741824")
+        for name, value in {
+            "num_qo_heads": 2**31,
+            "num_kv_heads": 2**40,
+            "head_dim_qk": np.int64(2**31),
+            "head_dim_vo": 2**30 + 1,
+            "page_size": 2**31,
+            "fixed_split_size": 10**30,
+        }.items()
+    ),
     ({"causal": 1}, TypeError, "causal is an int, expected a bool"),
     ({"causal": None}, TypeError, "causal is a NoneType, expected a bool"),
     ({"disable_split_kv": "no"}, TypeError, "disable_split_kv is a str, expected a bool"),
+    ({"non_blocking": "no"}, TypeError, "non_blocking is a str, expected a bool"),
+    ({"non_blocking": 1}, TypeError, "non_blocking is an int, expected a bool"),
+    ({"sm_scale": True}, TypeError, "sm_scale is a bool, expected a number"),
+    ({"sm_scale": "1.5"}, TypeError, "sm_scale is a str, expected a number"),
     ({"sm_scale": "small"}, TypeError, "sm_scale is a str, expected a number"),
     ({"sm_scale": np.zeros(2)}, TypeError, "sm_scale is a ndarray, expected a number"),
+    ({"sm_scale": np.array(True)}, TypeError, "sm_scale is a ndarray, expected a number"),
     ({"sm_scale": float("nan")}, ValueError, "sm_scale = nan, expected a finite number"),
     ({"sm_scale": float("-inf")}, ValueError, "sm_scale = -inf, expected a finite number"),
+    ({"sm_scale": 10**400}, ValueError, "sm_scale = inf, expected a finite number"),
+    (
+        {"sm_scale": 1e300},
+        ValueError,
+        "sm_scale = 1e+300, expected at most 3.403e+38 in magnitude",
+    ),
+    (
+        {"sm_scale": -1e39},
+        ValueError,
+        "sm_scale = -1e+39, expected at most 3.403e+38 in magnitude",
+    ),
     ({"fixed_split_size": 2.5}, TypeError, "fixed_split_size is a float, expected an int"),
     ({"fixed_split_size": 0}, ValueError, "fixed_split_size = 0, expected at least 1"),
+    (
+        {"fixed_split_size": 2, "disable_split_kv": np.ones(2)},
+        TypeError,
+        "disable_split_kv is a ndarray, expected a bool",
+    ),
     (
         {"fixed_split_size": 2, "disable_split_kv": True},
         ValueError,
@@ -95,8 +131,10 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"pos_encoding_mode": "ROPE"},
         ValueError,
-        "pos_encoding_mode = 'ROPE', expected one of 'NONE', 'ROPE_LLAMA', 'ALIBI'",
+        f"pos_encoding_mode = 'ROPE', {MODES}",
     ),
+    ({"pos_encoding_mode": None}, TypeError, f"pos_encoding_mode is a NoneType, {MODES}"),
+    ({"pos_encoding_mode": np.ones(2)}, TypeError, f"pos_encoding_mode is a ndarray, {MODES}"),
     # qo_indptr
     ({"qo_indptr": None}, TypeError, f"qo_indptr is None, {SPEAKS_DLPACK}"),
     ({"qo_indptr": 7}, TypeError, f"qo_indptr is an int, {SPEAKS_DLPACK}"),
@@ -166,6 +204,12 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"paged_kv_indptr": ints(0, 2, 3, 2**28), "paged_kv_last_page_len": ints(4, 16, 9)},
         ValueError,
         "paged_kv_indptr: request 2 has 268435453 pages of 16 tokens, "
+        "expected at most 1073741824 tokens",
+    ),
+    (
+        {"page_size": 2**30, "paged_kv_last_page_len": ints(4, 2**30, 0)},
+        ValueError,
+        "paged_kv_indptr: request 0 has 2 pages of 1073741824 tokens, "
         "expected at most 1073741824 tokens",
     ),
     (
@@ -243,13 +287,12 @@ def test_plan_errors(changes: dict[str, Any], error: type[Exception], message: s
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"kv_layout": "HDN"}, ValueError, "kv_layout = 'HDN', expected one of 'NHD', 'HND'"),
-        ({"kv_layout": None}, TypeError, "kv_layout is a NoneType, expected one of 'NHD', 'HND'"),
-        (
-            {"backend": "fa2"},
-            ValueError,
-            "backend = 'fa2', expected one of 'auto', 'reference', 'cuda'",
-        ),
+        ({"kv_layout": "HDN"}, ValueError, f"kv_layout = 'HDN', {LAYOUTS}"),
+        ({"kv_layout": None}, TypeError, f"kv_layout is a NoneType, {LAYOUTS}"),
+        ({"kv_layout": np.ones(2)}, TypeError, f"kv_layout is a ndarray, {LAYOUTS}"),
+        ({"backend": "fa2"}, ValueError, f"backend = 'fa2', {BACKENDS}"),
+        ({"backend": None}, TypeError, f"backend is a NoneType, {BACKENDS}"),
+        ({"backend": np.ones(2)}, TypeError, f"backend is a ndarray, {BACKENDS}"),
         (
             {"float_workspace_buffer": 1 << 20},
             TypeError,
@@ -290,3 +333,19 @@ def test_a_plan_that_fails_leaves_the_earlier_one(
     with pytest.raises((TypeError, ValueError, NotImplementedError)):
         wrapper.plan(**plan_arguments(**changes))
     assert before.tobytes() == wrapper.run(batch.q, batch.cache).tobytes()
+
+
+def test_the_largest_numbers_are_taken() -> None:
+    """One page that holds as many tokens as a call may have, and splits as long as that."""
+    planned(
+        page_size=2**30,
+        paged_kv_indptr=ints(0, 1, 2, 2),
+        paged_kv_last_page_len=ints(4, 2**30, 0),
+        fixed_split_size=2**30,
+        sm_scale=3.4e38,
+    )
+
+
+@pytest.mark.parametrize("one", [np.float32(0.5), np.array(0.5), np.array([[0.5]])])
+def test_a_scale_may_be_an_array_of_one_element(one: Any) -> None:
+    assert planned(sm_scale=one)._plan.schedule.spec.sm_scale == 0.5

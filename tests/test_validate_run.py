@@ -49,6 +49,11 @@ RUN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "q is float32, expected q_data_type = float16",
     ),
     (
+        {"q": np.zeros((9, 4, 64), ">f2")},
+        TypeError,
+        "q is float16 in foreign byte order, expected q_data_type = float16",
+    ),
+    (
         {"q": np.zeros((9, 4, 128), np.float16)[..., ::2]},
         ValueError,
         "q has a stride of 2 elements on its last axis, expected 1: head_dim must be contiguous",
@@ -123,6 +128,16 @@ RUN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "v cache is int16, expected kv_data_type = float16",
     ),
     (
+        {"out": np.zeros((9, 4, 64), ">f2")},
+        TypeError,
+        "out is float16 in foreign byte order, expected float16",
+    ),
+    (
+        {"paged_kv_cache": (pages(dtype=">f2"), pages())},
+        TypeError,
+        "k cache is float16 in foreign byte order, expected kv_data_type = float16",
+    ),
+    (
         {"paged_kv_cache": pages(5, 2, 16, 2, 64, dtype=np.float32)},
         TypeError,
         "k cache is float32, expected kv_data_type = float16",
@@ -149,12 +164,24 @@ RUN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k_scale": float("inf")}, ValueError, "k_scale = inf, expected a finite number"),
     ({"v_scale": float("nan")}, ValueError, "v_scale = nan, expected a finite number"),
     ({"v_scale": "big"}, TypeError, "v_scale is a str, expected a number"),
+    ({"v_scale": False}, TypeError, "v_scale is a bool, expected a number"),
+    ({"v_scale": 10**400}, ValueError, "v_scale = inf, expected a finite number"),
+    ({"v_scale": 1e39}, ValueError, "v_scale = 1e+39, expected at most 3.403e+38 in magnitude"),
+    ({"q_scale": 1e300}, ValueError, "q_scale = 1e+300, expected at most 3.403e+38 in magnitude"),
+    (
+        {"q_scale": 2.0**100, "k_scale": -(2.0**100)},  # times 1 / 8, by default
+        ValueError,
+        f"sm_scale * q_scale * k_scale = {-(2.0**197)}, expected at most 1.701e+38 in magnitude",
+    ),
+    ({"return_lse": "no"}, TypeError, "return_lse is a str, expected a bool"),
+    ({"return_lse": None}, TypeError, "return_lse is a NoneType, expected a bool"),
     (
         {"lse_base": "log10"},
         ValueError,
         "lse_base = 'log10', expected one of 'log2', 'ln'",
     ),
     ({"lse_base": None}, TypeError, "lse_base is a NoneType, expected one of 'log2', 'ln'"),
+    ({"lse_base": np.ones(2)}, TypeError, "lse_base is a ndarray, expected one of 'log2', 'ln'"),
     # out and lse; a given `out` itself stands in for this test's own
     ({"out": "here"}, TypeError, f"out is a str, {SPEAKS_DLPACK}"),
     (
@@ -208,6 +235,16 @@ def test_run_errors_and_nothing_is_written(
     check_error(error, message, wrapper.run, **run_arguments(**(given | changes)))
     assert (out == 7).all()
     assert (lse == 7).all()
+
+
+def test_a_planned_scale_too_large_for_base_2() -> None:
+    """A float32 that no longer is one once it is multiplied by log2(e)."""
+    check_error(
+        ValueError,
+        "sm_scale * q_scale * k_scale = 3e+38, expected at most 1.701e+38 in magnitude",
+        planned(sm_scale=3e38).run,
+        **run_arguments(),
+    )
 
 
 def test_hnd_pages_are_recognised_as_nhd() -> None:

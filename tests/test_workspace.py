@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import batches
 import numpy as np
+import oracle
+import pytest
+from oracle import Formula
 from small_call import (
     Wrapper,
     check_error,
     ints,
     plan_arguments,
 )
+
+
+def test_another_workspace_is_taken_by_the_next_plan_alone(rng: np.random.Generator) -> None:
+    """What was planned keeps its own, also where a later plan is refused."""
+    batch = batches.build(rng, [40, 1], [500, 300], group=2)
+    wrapper = Wrapper(np.zeros(1 << 20, np.uint8), backend="reference")
+    batch.plan(wrapper, fixed_split_size=3)
+    oracle.check_all(batch, Formula(), *wrapper.run(batch.q, batch.cache, return_lse=True))
+    needed = wrapper._plan.schedule.workspace_bytes
+    wrapper.reset_workspace_buffer(np.zeros(8, np.uint8))
+    for _ in range(2):
+        oracle.check_all(batch, Formula(), *wrapper.run(batch.q, batch.cache, return_lse=True))
+        check_error(
+            ValueError,
+            f"float_workspace_buffer has 8 bytes, expected at least {needed}: "
+            "the plan's partial states take that much",
+            batch.plan,
+            wrapper,
+            fixed_split_size=3,
+        )
+
+
+def test_a_refused_workspace_leaves_the_earlier_one() -> None:
+    first = np.zeros(10, np.uint8)
+    wrapper = Wrapper(first, backend="reference")
+    with pytest.raises(TypeError, match="^float_workspace_buffer is an int, expected an array"):
+        wrapper.reset_workspace_buffer(5)
+    assert wrapper._workspace is first
 
 
 def test_a_workspace_too_small_says_how_many_bytes() -> None:
