@@ -14,6 +14,9 @@ from cupaged.spec import DTYPES, KVLayout
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
+#: Index arrays that can't be on a device.
+_ON_THE_HOST = (np.ndarray, list, tuple, range)
+
 
 class BatchPrefillWithPagedKVCacheWrapper:
     """Attention of a ragged batch of requests over a paged key/value cache.
@@ -263,7 +266,7 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
             device = arrays.device_id(self._workspace)
             return device, 0 if device is None else arrays.caller_stream(self._workspace_owner)
         for index in indices:
-            if not isinstance(index, np.ndarray | list | tuple | range):
+            if not isinstance(index, _ON_THE_HOST):
                 device = arrays.device_id(arrays.import_tensor(index, "index array"))
                 if device is not None:
                     return device, arrays.caller_stream(index)

@@ -1,6 +1,6 @@
 """The README tells the truth: its examples run, its errors are raised, its plan is today's.
 
-`python tests/test_readme.py` writes today's plan into it.
+`PYTHONPATH=. python tests/test_readme.py` writes today's plan into it.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def plan_block() -> tuple[str, str]:
 
 def test_the_plan_is_todays() -> None:
     block, today = plan_block()
-    assert block == today, "`python tests/test_readme.py` brings the README up to date"
+    assert block == today, "`PYTHONPATH=. python tests/test_readme.py` brings the README up to date"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_another_workspace_is_taken_by_the_next_plan_alone(rng: np.random.Genera
 def test_a_refused_workspace_leaves_the_earlier_one() -> None:
     first = np.zeros(10, np.uint8)
     wrapper = Wrapper(first, backend="reference")
-    with pytest.raises(TypeError, match="^float_workspace_buffer is an int, expected an array"):
+    with pytest.raises(TypeError, match=r"^float_workspace_buffer is an int, expected an array"):
         wrapper.reset_workspace_buffer(5)
     assert wrapper._workspace is first
 
