@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: What a build may look at; `tests` and `bench`, so that it could take them by mistake.
 TREE = ("pyproject.toml", "README.md", "LICENSE", "cupaged", "kernels_cu", "tests", "bench")
 
-#: What `import cupaged` must not bring along, though it could.
+#: What making a wrapper must not bring along, though it could.
 FOREIGN = ("cupy", "torch", "jax", "numba")
 
 
@@ -117,7 +117,10 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
 
 
 def test_it_needs_numpy_and_ml_dtypes_alone(environment: Path, tmp_path: Path) -> None:
-    code = "from importlib.metadata import distributions as d; print(*(x.metadata['Name'] for x in d()))"
+    code = (
+        "from importlib.metadata import distributions\n"
+        "print(*(found.metadata['Name'] for found in distributions()))"
+    )
     printed = check(run(python_of(environment), "-c", code, cwd=tmp_path))
     assert set(printed.split()) - {"pip", "setuptools"} == {"cupaged", "numpy", "ml_dtypes"}
 
@@ -135,12 +138,13 @@ def test_the_installed_package_finds_its_own_sources(environment: Path, tmp_path
     assert environment in Path(folder).parents
 
 
-def test_importing_it_imports_no_framework(environment: Path, tmp_path: Path) -> None:
+def test_it_imports_no_framework(environment: Path, tmp_path: Path) -> None:
     """Empty modules stand in for the frameworks, so that an import would succeed and be seen."""
     for name in FOREIGN:
         (tmp_path / f"{name}.py").touch()
     code = (
         "import sys, cupaged\n"
+        "cupaged.BatchPrefillWithPagedKVCacheWrapper()\n"
         "print(*sorted(sys.modules))\n"
         f"for name in {FOREIGN}: __import__(name)\n"
         "print(*sorted(sys.modules))"
