@@ -118,9 +118,9 @@ def compile_cubin(
         binding.compileProgram(program, [f"-arch={target(arch)}", *_OPTIONS, *extra])
         # CuPy's binding takes the last byte for a string's end and drops it (seen in 14.2): with it
         # the ELF's last header is cut short. A zero too many does no harm.
-        return binding.getCUBIN(program) + b"\0", binding.getProgramLog(program)
+        return binding.getCUBIN(program) + b"\0", binding.getProgramLog(program).rstrip("\0")
     except binding.NVRTCError as error:
-        log = binding.getProgramLog(program)
+        log = binding.getProgramLog(program).rstrip("\0")
         raise RuntimeError(f"NVRTC refused {config.name} for {target(arch)}:\n{log}") from error
     finally:
         binding.destroyProgram(program)

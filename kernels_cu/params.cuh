@@ -1,5 +1,5 @@
-// What the host hands to a kernel. cupaged/spec.py mirrors these structs as NumPy dtypes; the
-// prologue holds the offsets NumPy computed, and CUPAGED_CHECK_LAYOUT compares them.
+// What the host hands to a kernel. cupaged/spec.py mirrors these structs as NumPy dtypes, and
+// cupaged/source.py ends every source with assertions that both lie alike.
 #pragma once
 #include "types.cuh"
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from processes import NO_GPU, run_module
+from processes import NO_GPU, run_module, run_python
 
 from cupaged import __main__ as command
 from cupaged import cuda, mainjob
@@ -129,3 +129,15 @@ def test_backends_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mainjob.choose_backends("reference") == (("reference",), "")
     with pytest.raises(BackendUnavailableError, match="install a GPU"):
         mainjob.choose_backends("cuda")
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    """As `python -m cupaged explain | head -1` does."""
+    program = (
+        "import subprocess, sys; "
+        "p = subprocess.Popen([sys.executable, '-m', 'cupaged', 'explain', '--backend', 'reference'"
+        "], stdout=subprocess.PIPE, stderr=subprocess.PIPE); "
+        "p.stdout.close(); sys.stdout.write(p.stderr.read().decode())"
+    )
+    done = run_python("-c", program)
+    assert (done.returncode, done.stdout) == (0, "")
