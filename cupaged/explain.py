@@ -196,7 +196,7 @@ def _reasons(
     config, spec = launch.config, schedule.spec
     limit = heuristics.SHORT_MAX_ROWS
     short = heuristics.kernel_config(
-        schedule.device.arch, spec.dtype, spec.head_dim, config.page_aligned, "short"
+        schedule.device.arch, spec.dtype, spec.head_dim, spec.page_size, "short"
     )
     if config == short:
         return [

@@ -6,14 +6,14 @@ Pure functions of the lengths and of the machine's size; no arrays on any GPU.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from cupaged.spec import ROWS_PER_PAGE_LOOKUP, DeviceModel, KernelConfig
+from cupaged.spec import DeviceModel, KernelConfig
 
 Shape = Literal["long", "short"]
 SHAPES: tuple[Shape, ...] = ("long", "short")
@@ -75,14 +75,18 @@ _TILES: dict[tuple[str, int, Shape], _Tile] = {
     ("small", 256, "short"): _Tile(16, 32, 1, 2, 2, 1),
 }
 
-# Where pages are not aligned, looking up every row takes the registers that 64 keys would need.
-_TILES_UNALIGNED: dict[tuple[str, int, Shape], _Tile] = {
+# Where a warp's keys lie in several pages, looking up every row takes the registers that 64 keys
+# would need.
+_TILES_FOR_SMALL_PAGES: dict[tuple[str, int, Shape], _Tile] = {
     ("sm90", 128, "long"): _Tile(128, 32, 4, 1, 3, 2),
 }
 
 #: A request of at most this many packed rows takes the "short" shape. Above it, the second and
 #: third 16-row tile read K and V again, and the long shape's spare rows are the lesser waste.
 SHORT_MAX_ROWS = 32
+
+#: Page sizes that between them ask for every configuration there is.
+TYPICAL_PAGE_SIZES = (16, 8, 1)
 
 #: Short requests ride along in long tiles where that adds at most this share to the work: a tile
 #: of their own would be a launch of its own.
@@ -114,14 +118,18 @@ def tile_class(arch: int) -> str:
 
 @cache
 def kernel_config(
-    arch: int, dtype: str, head_dim: int, page_aligned: bool, shape: Shape
+    arch: int, dtype: str, head_dim: int, page_size: int, shape: Shape
 ) -> KernelConfig:
     """The kernel that serves a shape of query tile on compute capability `arch`."""
     key = (tile_class(arch), head_dim, shape)
-    tile = _TILES[key]
-    if not page_aligned:
-        tile = _TILES_UNALIGNED.get(key, tile)
-    return KernelConfig(
+    config = _config(dtype, head_dim, _TILES[key], page_size)
+    if not config.page_aligned and key in _TILES_FOR_SMALL_PAGES:
+        return _config(dtype, head_dim, _TILES_FOR_SMALL_PAGES[key], page_size)
+    return config
+
+
+def _config(dtype: str, head_dim: int, tile: _Tile, page_size: int) -> KernelConfig:
+    config = KernelConfig(
         family="prefill_sm80",
         dtype=dtype,
         head_dim=head_dim,
@@ -131,13 +139,9 @@ def kernel_config(
         warps_kv=tile.warps_kv,
         num_stages=tile.num_stages,
         ctas_per_sm=tile.ctas_per_sm,
-        page_aligned=page_aligned,
+        page_aligned=True,
     )
-
-
-def page_aligned(page_size: int) -> bool:
-    """Whether one page lookup serves a warp's whole share of a KV tile."""
-    return page_size % ROWS_PER_PAGE_LOOKUP == 0
+    return config if page_size % config.rows_per_warp == 0 else replace(config, page_aligned=False)
 
 
 def choose_shapes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import itertools
 import os
 import threading
 from collections import defaultdict
@@ -38,11 +39,9 @@ atexit.register(_loaded.clear)
 
 def configurations(arch: int) -> Iterator[KernelConfig]:
     """Every kernel configuration that a GPU of compute capability `arch` may be asked to run."""
-    for dtype in SERVED_DTYPES:
-        for head_dim in SERVED_HEAD_DIMS:
-            for shape in heuristics.SHAPES:
-                for aligned in (True, False):
-                    yield heuristics.kernel_config(arch, dtype, head_dim, aligned, shape)
+    choices = (SERVED_DTYPES, SERVED_HEAD_DIMS, heuristics.TYPICAL_PAGE_SIZES, heuristics.SHAPES)
+    found = (heuristics.kernel_config(arch, *choice) for choice in itertools.product(*choices))
+    yield from dict.fromkeys(found)
 
 
 def target(arch: int) -> str:

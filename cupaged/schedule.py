@@ -135,14 +135,13 @@ def build(
     requests[:, 1] = lengths.qo_len
     requests[:, 2] = lengths.kv_len
     requests[:, 3] = lengths.paged_kv_indptr[:-1]
-    aligned = heuristics.page_aligned(spec.page_size)
     launches = []
     if lengths.nnz_qo:
         packed_len = lengths.qo_len * spec.gqa_group_size
         # Bits may depend on the batch only where the caller has not asked that they don't.
         by_request = fixed_split_size is not None or disable_split_kv
         long_config = heuristics.kernel_config(
-            device.arch, spec.dtype, spec.head_dim, aligned, "long"
+            device.arch, spec.dtype, spec.head_dim, spec.page_size, "long"
         )
         members = heuristics.choose_shapes(
             packed_len,
@@ -155,7 +154,7 @@ def build(
         )
         for shape, chosen in members.items():
             config = heuristics.kernel_config(
-                device.arch, spec.dtype, spec.head_dim, aligned, shape
+                device.arch, spec.dtype, spec.head_dim, spec.page_size, shape
             )
             tiles, kv_tiles = _query_tiles(spec, lengths, packed_len, chosen, config)
             slots = heuristics.slots(config, device)

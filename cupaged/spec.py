@@ -111,8 +111,8 @@ class KernelConfig:
     ctas_per_sm : int
         Thread blocks that share an SM; bounds the registers.
     page_aligned : bool
-        The page size is a multiple of `ROWS_PER_PAGE_LOOKUP`, so that a warp's share of a KV
-        tile lies within one page.
+        The page size is a multiple of `rows_per_warp`, so that a warp's share of a KV tile lies
+        within one page, and one look into the page table serves it.
     """
 
     family: str
@@ -132,6 +132,11 @@ class KernelConfig:
         return 32 * self.warps_q * self.warps_kv
 
     @property
+    def rows_per_warp(self) -> int:
+        """Rows of a KV tile that a warp copies: neighbouring keys."""
+        return self.cta_tile_kv // (self.warps_q * self.warps_kv)
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block: the Q tile, then the K and V stages."""
         row_bytes = self.head_dim * DTYPES[self.dtype].itemsize
@@ -140,16 +145,11 @@ class KernelConfig:
     @property
     def name(self) -> str:
         """A readable name, unique among configurations."""
-        pages = "page16n" if self.page_aligned else "pageany"
+        pages = f"page{self.rows_per_warp}n" if self.page_aligned else "pageany"
         return (
             f"{self.family}_{self.dtype}_d{self.head_dim}_q{self.cta_tile_q}"
             f"_kv{self.cta_tile_kv}_w{self.warps_q}x{self.warps_kv}_s{self.num_stages}_{pages}"
         )
-
-
-#: Rows of a KV tile that one page lookup serves where pages allow it. A page size that is a
-#: multiple of it makes every such group of rows lie within one page.
-ROWS_PER_PAGE_LOOKUP = 16
 
 
 @dataclass(frozen=True, slots=True)

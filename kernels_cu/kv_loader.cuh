@@ -1,7 +1,7 @@
 // Brings tiles of K and V from their pages into shared memory.
 //
 // A warp copies ROWS_PER_WARP consecutive keys of each tile, all tiles. Where the page size is a
-// multiple of 16 (PAGE_ALIGNED), those keys lie in one page, and one look into the page table
+// multiple of that (PAGE_ALIGNED), those keys lie in one page, and one look into the page table
 // gives the address of them all; otherwise each lane looks up one key, and the lanes exchange what
 // they found. Either way the page table is read one tile ahead of the copies that need it.
 #pragma once
@@ -10,7 +10,7 @@
 
 constexpr int ROWS_PER_WARP = CTA_TILE_KV / NUM_WARPS;
 constexpr int PASSES_PER_TILE = ROWS_PER_WARP / ROWS_PER_PASS;
-static_assert(16 % ROWS_PER_WARP == 0, "a warp's keys must lie within an aligned group of 16");
+static_assert(CTA_TILE_KV % NUM_WARPS == 0 && ROWS_PER_WARP <= WARP_SIZE, "a lane looks up a key");
 static_assert(ROWS_PER_WARP % ROWS_PER_PASS == 0, "a pass must not leave its warp's keys");
 
 struct KvLoader {
@@ -52,17 +52,18 @@ struct KvLoader {
         // Of the KV head and the lane's chunk: [num_pages, page_size] rows.
         const u16* k = p.k + kv_head * p.k_stride_head + lane % ROW_CHUNKS * 8;
         const u16* v = p.v + kv_head * p.v_stride_head + lane % ROW_CHUNKS * 8;
-        const u16* k_row = k + page * p.k_stride_page + (in_page + lane_row) * p.k_stride_token;
-        const u16* v_row = v + page * p.v_stride_page + (in_page + lane_row) * p.v_stride_token;
+        // Of the key that this lane has looked up.
+        const i64 k_offset = page * p.k_stride_page + in_page * p.k_stride_token;
+        const i64 v_offset = page * p.v_stride_page + in_page * p.v_stride_token;
+        const u16* k_row = k + k_offset + lane_row * p.k_stride_token;
+        const u16* v_row = v + v_offset + lane_row * p.v_stride_token;
 #pragma unroll
         for (int pass = 0; pass < PASSES_PER_TILE; ++pass) {
             const int row = pass * ROWS_PER_PASS + lane_row;
             const int bytes = begin + warp_row + row < kv_end ? 16 : 0;
             if (!PAGE_ALIGNED) {
-                const i64 row_page = __shfl_sync(~0u, page, row);
-                const i64 row_in_page = __shfl_sync(~0u, in_page, row);
-                k_row = k + row_page * p.k_stride_page + row_in_page * p.k_stride_token;
-                v_row = v + row_page * p.v_stride_page + row_in_page * p.v_stride_token;
+                k_row = k + __shfl_sync(~0u, k_offset, row);
+                v_row = v + __shfl_sync(~0u, v_offset, row);
             }
             const u32 row_target = copy_pass(target + stage, pass);
             cp_async_16(row_target, k_row, bytes);

@@ -82,7 +82,7 @@ def test_a_plan_run_on_another_class_of_device_is_divided_anew(
     assert found.page_indices is plan.page_indices
     assert found.schedule.device == devices[3]
     configs = {
-        heuristics.kernel_config(arch, "float16", head_dim, True, shape)
+        heuristics.kernel_config(arch, "float16", head_dim, 16, shape)
         for shape in heuristics.SHAPES
     }
     assert {launch.config for launch in found.schedule.launches} <= configs

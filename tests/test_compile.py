@@ -146,7 +146,7 @@ def test_a_changed_layout_does_not_compile(
         mirror.append(("one_more", dtype[0]))
         wrong = ["static assertion failed", f'class "{struct}" has no member "one_more"']
     monkeypatch.setitem(source.DEVICE_STRUCTS, struct, np.dtype(mirror, align=True))
-    config = heuristics.kernel_config(80, "float16", 64, True, "short")
+    config = heuristics.kernel_config(80, "float16", 64, 16, "short")
     with pytest.raises(RuntimeError, match=f"^NVRTC refused {config.name} for sm_80:") as raised:
         kernels.compile_cubin(config, 80)
     assert re.findall(r"error: (.*)", str(raised.value)) == wrong

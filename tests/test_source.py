@@ -12,8 +12,8 @@ from cupaged.spec import DEVICE_STRUCTS
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = heuristics.kernel_config(90, "float16", 128, True, "long")
-OTHER = heuristics.kernel_config(90, "bfloat16", 128, True, "long")
+CONFIG = heuristics.kernel_config(90, "float16", 128, 16, "long")
+OTHER = heuristics.kernel_config(90, "bfloat16", 128, 16, "long")
 
 
 def test_a_rendered_source_is_whole() -> None:
@@ -94,7 +94,18 @@ def test_sources_inside_the_package_come_first(
 @pytest.mark.parametrize("arch", [*sorted(heuristics._SHARED_CLASS), 130])
 def test_configurations_fit_their_architecture(arch: int) -> None:
     configs = list(kernels.configurations(arch))
-    assert len({config.name for config in configs}) == len(set(configs)) == len(configs) == 24
+    # Two dtypes, three head dims, two shapes, two ways to look pages up; on Hopper one more tile
+    # for pages of 8.
+    count = 26 if heuristics.tile_class(arch) == "sm90" else 24
+    assert len({config.name for config in configs}) == len(set(configs)) == len(configs) == count
+    for page_size in range(1, 70):
+        for config in configs:
+            for shape in heuristics.SHAPES:
+                chosen = heuristics.kernel_config(
+                    arch, config.dtype, config.head_dim, page_size, shape
+                )
+                assert chosen in configs
+                assert chosen.page_aligned == (page_size % chosen.rows_per_warp == 0)
     limit = heuristics.SHARED_LIMIT[heuristics.tile_class(arch)]
     for config in configs:
         assert config.shared_bytes <= limit

@@ -14,7 +14,7 @@ from cupaged.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = heuristics.kernel_config(90, "float16", 128, True, "long")
+CONFIG = heuristics.kernel_config(90, "float16", 128, 16, "long")
 NVRTC_WHEELS = "nvidia-cuda-nvrtc-cu12 (for cupy-cuda12x) or nvidia-cuda-nvrtc (cupy-cuda13x)"
 
 
