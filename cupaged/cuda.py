@@ -6,17 +6,17 @@ import functools
 import operator
 import struct
 import threading
-from collections import deque
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cupaged import kernels
 from cupaged.errors import BackendUnavailableError
-from cupaged.schedule import Schedule
-from cupaged.spec import PARAMS_DTYPE, DeviceModel, field_offset
+from cupaged.schedule import IntArray, Launch, Schedule
+from cupaged.spec import PARAMS_DTYPE, AttentionSpec, DeviceModel, field_offset
 
 #: Compute capability of the first GPUs with `cp.async` and `mma.sync` for bfloat16.
 MIN_ARCH = 80
@@ -42,10 +42,12 @@ _SMALLEST_SCALE = 2.0**-126
 #: Parts of the uploaded block begin at multiples of this many int32.
 _ALIGNMENT = 32
 
-# Pinned blocks whose copy may still be under way: freed before it has run, a block could be
-# handed out again and overwritten under the copy.
-_uploads: deque[tuple[Any, Any]] = deque()
-_uploads_lock = threading.Lock()
+# Pinned blocks to copy from, by device. One is taken again once the copy from it has ended: written
+# earlier, it would be overwritten under the copy.
+_staging: defaultdict[int, list[_Staging]] = defaultdict(list)
+_staging_lock = threading.Lock()
+#: The smallest block, in int32; larger ones are powers of two.
+_STAGING_SIZE = 1 << 15
 
 
 @functools.lru_cache(maxsize=1)
@@ -94,7 +96,6 @@ def device_model(device: int) -> DeviceModel:
     return DeviceModel(num_sms=properties["multiProcessorCount"], arch=arch)
 
 
-@functools.cache
 def magic(divisor: int) -> tuple[int, int]:
     """Multiplier and shift for division by `divisor`, as `params.cuh` describes them.
 
@@ -112,8 +113,7 @@ def current_place() -> tuple[int, int]:
     return module.cuda.runtime.getDevice(), module.cuda.get_current_stream().ptr
 
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
+class _Ready(NamedTuple):
     """A launch with everything but the arrays of a call.
 
     `function` is the kernel's `CUfunction`; `argument` what `cuLaunchKernel` takes: a pointer to
@@ -143,7 +143,7 @@ class DevicePlan:
     def __init__(
         self,
         schedule: Schedule,
-        page_indices: npt.NDArray[np.int32],
+        page_indices: IntArray,
         device: int,
         workspace: Any | None,
     ) -> None:
@@ -156,9 +156,11 @@ class DevicePlan:
         if needed:
             self._partials = memory(needed) if workspace is None else workspace.data
         self.stream = cupy().cuda.get_current_stream()
-        parts = _Parts(schedule, page_indices)
-        self._block = memory(parts.size * 4)
-        self.uploaded = parts.upload(self._block, self.stream)
+        parts = _parts(schedule, page_indices)
+        offsets, size = _offsets(parts)
+        self._block = memory(size * 4)
+        self.uploaded = _upload(parts, offsets, size, self._block, device, self.stream)
+        requests, pages, *rest = (self._block.ptr + offset * 4 for offset in offsets)
         partials = 0 if self._partials is None else self._partials.ptr
         self.launches = tuple(
             _Ready(
@@ -166,76 +168,108 @@ class DevicePlan:
                 grid=launch.grid,
                 num_threads=launch.config.num_threads,
                 shared_bytes=launch.config.shared_bytes,
-                argument=parts.argument(i, self._block.ptr, partials),
+                argument=_argument(
+                    schedule.spec, launch, (requests, items, pages), partials, counters
+                ),
             )
-            for i, (launch, kernel) in enumerate(zip(schedule.launches, loaded, strict=True))
+            for launch, kernel, items, counters in zip(
+                schedule.launches, loaded, rest[::2], rest[1::2], strict=True
+            )
         )
 
     def wait(self) -> None:
-        """Wait until the plan has arrived on the device."""
+        """Wait until the plan has arrived on the device, and maybe a later one."""
         self.uploaded.synchronize()
 
 
-class _Parts:
-    """What a plan uploads, in one block of int32.
+@dataclass(slots=True)
+class _Staging:
+    """A pinned block, and the event after the last copy from it."""
 
-    Requests, pages, and each launch's items and counters.
+    memory: Any
+    words: npt.NDArray[np.int32]
+    event: Any
+
+
+def _parts(schedule: Schedule, page_indices: IntArray) -> list[IntArray]:
+    """What a plan uploads: requests, pages, and each launch's items and counters."""
+    parts = [schedule.requests.view(np.int32), page_indices]
+    for launch in schedule.launches:
+        parts.append(launch.items.view(np.int32))
+        # Two work counters, then one for each split tile and KV head: all zero.
+        parts.append(np.zeros(2 + launch.num_merges * schedule.spec.num_kv_heads, np.int32))
+    return parts
+
+
+def _offsets(parts: list[IntArray]) -> tuple[list[int], int]:
+    """Where the parts begin in one block, and its size, in int32."""
+    offsets, size = [], 0
+    for part in parts:
+        offsets.append(size)
+        size += (len(part) + _ALIGNMENT) // _ALIGNMENT * _ALIGNMENT
+    return offsets, size
+
+
+def _upload(
+    parts: list[IntArray], offsets: list[int], size: int, block: Any, device: int, stream: Any
+) -> Any:
+    """Start the one asynchronous copy; returns the event that follows it."""
+    with _staging_lock:
+        blocks = _staging[device]
+        for staging in blocks:
+            if len(staging.words) >= size and staging.event.done:
+                break
+        else:
+            length = max(_STAGING_SIZE, 1 << (size - 1).bit_length())
+            memory = cupy().cuda.alloc_pinned_memory(length * 4)
+            words = np.frombuffer(memory, np.int32, length)
+            staging = _Staging(memory, words, cupy().cuda.Event(disable_timing=True))
+            blocks.append(staging)
+        words = staging.words
+        for offset, part in zip(offsets, parts, strict=True):
+            words[offset : offset + len(part)] = part
+        block.copy_from_host_async(staging.memory.ptr, size * 4, stream)
+        staging.event.record(stream)
+    return staging.event
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(spec: AttentionSpec) -> tuple[int, ...]:
+    """The parameters that a spec alone decides."""
+    return (
+        spec.num_kv_heads,
+        spec.gqa_group_size,
+        spec.page_size,
+        int(spec.causal),
+        *magic(spec.gqa_group_size),
+        *magic(spec.page_size),
+    )
+
+
+def _argument(
+    spec: AttentionSpec,
+    launch: Launch,
+    tables: tuple[int, int, int],
+    partials: int,
+    counters: int,
+) -> Any:
+    """A launch's parameters, but for the arrays and factors of a call.
+
+    All but the spec and the launch are addresses; `tables` are requests, items and pages.
     """
-
-    def __init__(self, schedule: Schedule, page_indices: npt.NDArray[np.int32]) -> None:
-        self.schedule = schedule
-        self.arrays = [schedule.requests.view(np.int32), page_indices]
-        for launch in schedule.launches:
-            self.arrays.append(launch.items.view(np.int32))
-            # Two work counters, then one for each split tile and KV head: all zero.
-            merges = launch.num_merges * schedule.spec.num_kv_heads
-            self.arrays.append(np.zeros(2 + merges, np.int32))
-        self.offsets = []
-        self.size = 0
-        for array in self.arrays:
-            self.offsets.append(self.size)
-            self.size += (len(array) + _ALIGNMENT) // _ALIGNMENT * _ALIGNMENT
-
-    def upload(self, block: Any, stream: Any) -> Any:
-        """Start the one asynchronous copy; returns the event that follows it."""
-        pinned = cupy().cuda.alloc_pinned_memory(self.size * 4)
-        host = np.frombuffer(pinned, np.int32, self.size)
-        for offset, array in zip(self.offsets, self.arrays, strict=True):
-            host[offset : offset + len(array)] = array
-        block.copy_from_host_async(pinned.ptr, self.size * 4, stream)
-        event = stream.record()
-        with _uploads_lock:
-            while _uploads and _uploads[0][0].done:
-                _uploads.popleft()
-            _uploads.append((event, pinned))
-        return event
-
-    def argument(self, launch: int, block: int, partials: int) -> Any:
-        """A launch's parameters, but for the arrays and factors of a call."""
-        schedule = self.schedule
-        this, spec = schedule.launches[launch], schedule.spec
-        requests, pages, *rest = (block + offset * 4 for offset in self.offsets)
-        items, counters = rest[2 * launch : 2 * launch + 2]
-        argument: Any = np.zeros(_PARAMS_BEGIN + PARAMS_DTYPE.itemsize, np.uint8)
-        _PLAN.pack_into(
-            argument,
-            _PLAN_BEGIN,
-            requests,
-            items,
-            pages,
-            partials,
-            partials + this.num_partial_rows(spec) * spec.head_dim * 4,
-            counters + 2 * 4,
-            counters,
-            len(this.items),
-            spec.num_kv_heads,
-            spec.gqa_group_size,
-            spec.page_size,
-            spec.causal,
-            *magic(spec.gqa_group_size),
-            *magic(spec.page_size),
-        )
-        return argument
+    argument: Any = np.zeros(_PARAMS_BEGIN + PARAMS_DTYPE.itemsize, np.uint8)
+    _PLAN.pack_into(
+        argument,
+        _PLAN_BEGIN,
+        *tables,
+        partials,
+        partials + launch.num_partial_rows(spec) * spec.head_dim * 4,
+        counters + 2 * 4,
+        counters,
+        len(launch.items),
+        *_numbers(spec),
+    )
+    return argument
 
 
 def run(

@@ -238,9 +238,9 @@ def choose_split(kv_tiles: IntArray, num_kv_heads: int, slots: int) -> int | Non
         return None  # not even one more of the longest would cost a tenth
     unsplit = max(mean, longest + ITEM_COST)
     if num_items > slots:
-        # The item at each whole wave waits for one at least as long in every wave before it.
-        each_wave = kv_tiles[:: max(1, slots // num_kv_heads)].tolist()
-        unsplit = max(unsplit, *((i + 1) * (t + ITEM_COST) for i, t in enumerate(each_wave)))
+        # A wave's first piece waits for one at least as long in every wave before it.
+        firsts = kv_tiles[np.arange(0, num_items, slots) // num_kv_heads] + ITEM_COST
+        unsplit = max(unsplit, int(np.maximum.reduce(firsts * np.arange(1, len(firsts) + 1))))
     # No split can end before its pieces' mean, and there are no fewer pieces than items.
     least = (tiles * num_kv_heads + (ITEM_COST + SPLIT_COST) * num_items) / slots
     if unsplit <= max(1.1 * mean, least):

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import strategies
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from cupaged import cuda, explain, heuristics, schedule, validate
@@ -259,6 +259,11 @@ def predicted_finish(launch: Launch, spec: AttentionSpec, device: DeviceModel) -
 SPLIT_SLACK = 1.25
 
 
+@example(
+    spec_of(group=3, num_kv_heads=8, page_size=1, causal=False, head_dim=256),
+    [(342, 225)],
+    DeviceModel(num_sms=39, arch=80),
+)
 @given(specs(), length_lists(3000, 40_000), devices())
 def test_a_chosen_split_is_not_predicted_slower_than_none(
     spec: AttentionSpec, batch: Lengths, device: DeviceModel
