@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ ROOT = HERE.parent
 
 Row = dict[str, Any]
 
-#: Planned for: name, requests, median query length.
+#: Planned for: name, requests, median query length; 0 for one query each, as in decoding.
 PLANS = (
+    ("plan-64-decode", 64, 0.0),
+    ("plan-1024-decode", 1024, 0.0),
     ("plan-64", 64, 256.0),
     ("plan-1024", 1024, 256.0),
     ("plan-64-append", 64, 16.0),
@@ -91,7 +93,9 @@ def plan_jobs(
 ) -> Iterator[Job]:
     """µs of `plan()` from host arrays, the device idle."""
     for name, batch, query_median in PLANS:
-        workload = ragged(name, batch, query_median, PLAN_PAGE_SIZE)
+        workload = ragged(name, batch, max(query_median, 1.0), PLAN_PAGE_SIZE)
+        if query_median == 0:
+            workload = replace(workload, qo_lens=(1,) * batch)
         if quick:
             workload = shrink(workload)
         table = make_page_table(workload, rng)
