@@ -2,6 +2,7 @@
 
     python bench/bench_prefill.py --quick                  # no GPU: does the script work?
     python bench/bench_prefill.py --json prefill.json      # on a GPU: the figures
+    python bench/bench_prefill.py --dtype bfloat16 --workloads bars     # are the bars met?
 
 Every contender's output is compared with the plain formula before it is timed. The exit status
 is 1 where one is wrong or cupaged fails, 2 where the run could not start.
@@ -10,43 +11,53 @@ is 1 where one is wrong or cupaged fails, 2 where the run could not start.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check import Verdict
-from contender import Contender, Cupaged, Problem, Runner, make_problem
-from host_costs import ROOT, host_costs
+from bars import NEEDED, bar_table, verdicts
+from contender import Contender, Cupaged
+from host_costs import HOST_COSTS, ROOT, host_costs
+from measure import measure
 from peers import PEERS, gather_peers
-from report import Row, header, plot, rates, save, table
-from timing import (
-    Call,
-    CudaDevice,
-    HostDevice,
-    NoDeviceError,
-    NotCapturableError,
-    calls_in_graph,
-    first_line,
-    host_us,
-    interleave,
-    paired_ratio,
+from plotting import plot
+from report import Row, header, rates, save, table
+from timing import CudaDevice, HostDevice, NoDeviceError
+from workloads import (
+    DTYPES,
+    LENGTH_SWEEP,
+    PAGE_SWEEP,
+    Workload,
+    length_sweep,
+    page_sweep,
+    prefill_workloads,
+    shrink,
 )
-from workloads import DTYPES, Workload, page_sweep, prefill_workloads, shrink
 
-SWEEP = "page-sweep"
 HOST = "host"
-WARMUP = 3
-PLAN_REPEAT = 20
+BARS = "bars"
+
+#: What one name in `--workloads` stands for, beside the name of every row.
+GROUPS: dict[str, tuple[str, ...]] = {
+    LENGTH_SWEEP: tuple(workload.name for workload in length_sweep(16)),
+    PAGE_SWEEP: tuple(workload.name for workload in page_sweep()),
+    HOST: HOST_COSTS,
+    BARS: NEEDED,
+}
+
+
+def catalogue(page_size: int) -> list[Workload]:
+    """All workloads, in the order in which they run."""
+    return [*prefill_workloads(page_size), *length_sweep(page_size), *page_sweep()]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options, checked."""
-    names = [workload.name for workload in prefill_workloads(16)] + [SWEEP, HOST]
+    table = [workload.name for workload in prefill_workloads(16)]
+    rows = [*(workload.name for workload in catalogue(16)), *HOST_COSTS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,14 +85,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=positive,
         default=16,
         metavar="TOKENS",
-        help=f"of all workloads (16) but issue192 and {SWEEP}, which have their own",
+        help=f"of all workloads (16) but issue192 and {PAGE_SWEEP}, which have their own",
     )
     parser.add_argument(
         "--workloads",
-        type=listed(names),
-        default=names,
+        type=listed([*table, *GROUPS, *(name for name in rows if name not in table)]),
         metavar="A,B",
-        help=f"some of {', '.join(names)}; by default all",
+        help=f"some of {', '.join([*table, *GROUPS])}, or of the rows of the latter ones, such as "
+        f"{rows[-1]}; {BARS} is what the bars are measured on; by default all",
     )
     parser.add_argument(
         "--peers",
@@ -102,148 +113,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--peers need a GPU, --quick uses none")
     if options.peers is None:
         options.peers = [] if options.quick else list(PEERS)
+    chosen = rows if options.workloads is None else options.workloads
+    options.workloads = [row for name in chosen for row in GROUPS.get(name, (name,))]
     if options.repeat is None:
         options.repeat = 3 if options.quick else 20
     return options
 
 
-def measure(
-    workload: Workload,
-    contenders: Sequence[Contender],
-    device: HostDevice,
-    dtype: str,
-    repeat: int,
-    rng: np.random.Generator,
-) -> list[Row]:
-    """Check and time every contender on one workload; a row each for those that can do it."""
-    problem = make_problem(workload, dtype, device, rng)
-    rows: dict[str, Row] = {}
-    runners: dict[str, Runner] = {}
-    for contender in contenders:
-        if contender.unfit(workload) is None:
-            row = rows[contender.name] = new_row(problem, contender.name)
-            with recorded(row):
-                runners[contender.name] = checked(contender.prepare(problem), row, rng)
-    times = interleave({n: r.sample for n, r in runners.items()}, WARMUP, repeat, device)
-    for name, taken in times.items():
-        rows[name] |= {"us": statistics.median(taken), "us_all": taken}
-    graphs: dict[str, Call] = {}
-    for name, runner in runners.items():
-        with recorded(rows[name]):
-            graphs[name] = captured(runner, rows[name], rng)
-    replays = interleave(
-        {n: functools.partial(device.sample, replay) for n, replay in graphs.items()},
-        WARMUP,
-        repeat,
-        device,
-    )
-    for name, taken in replays.items():
-        taken[:] = [t / rows[name]["graph_calls"] for t in taken]
-        rows[name] |= {"graph_us": statistics.median(taken), "graph_us_all": taken}
-    compare(rows, times, "speedup")
-    compare(rows, replays, "graph_speedup")
-    for contender in contenders:
-        if contender.name in runners:
-            row = rows[contender.name]
-            with recorded(row):
-                plan = contender.planner(workload, problem.table, dtype)
-                if plan is not None:
-                    plan()
-                    row["plan_us"] = statistics.median(host_us(plan, PLAN_REPEAT, device))
-    return list(rows.values())
-
-
-@contextlib.contextmanager
-def recorded(row: Row) -> Iterator[None]:
-    """Write an error into the row: it is a result too, and the others' are still wanted."""
-    try:
-        yield
-    except NotCapturableError as error:
-        row["notes"].append(f"not in a CUDA graph: {error}")
-    except Exception as error:
-        if row["status"] != "wrong":
-            row["status"] = "failed"
-        row["notes"].append(first_line(error))
-
-
-def checked(runner: Runner, row: Row, rng: np.random.Generator) -> Runner:
-    """Run a contender once, compare what it computes, and see that it can be timed."""
-    runner.poison()
-    runner.call()
-    judge(row, runner.problem.verify(runner.out_bits(), rng), "")
-    runner.sample()
-    runner.device.synchronize()
-    return runner
-
-
-def captured(runner: Runner, row: Row, rng: np.random.Generator) -> Call:
-    """Record a contender's calls into a CUDA graph, and compare what a replay computes."""
-    row["graph_calls"] = calls_in_graph(row["us"])
-    replay = runner.capture(row["graph_calls"])
-    runner.poison()
-    replay()
-    judge(row, runner.problem.verify(runner.out_bits(), rng), " in a CUDA graph")
-    return replay
-
-
-def new_row(problem: Problem, contender: str) -> Row:
-    """A row before anything was measured."""
-    workload = problem.workload
-    l2_bytes = problem.device.describe().get("l2_bytes", 0)
-    return {
-        "kind": "attention",
-        "workload": workload.name,
-        "contender": contender,
-        "qo_lens": list(workload.qo_lens),
-        "kv_lens": list(workload.kv_lens),
-        "num_qo_heads": workload.num_qo_heads,
-        "num_kv_heads": workload.num_kv_heads,
-        "head_dim": workload.head_dim,
-        "page_size": workload.page_size,
-        "causal": workload.causal,
-        "swept": workload.paged_only,
-        "flops": workload.flops(),
-        "bytes": workload.bytes(),
-        "fits_l2": workload.kv_bytes() < l2_bytes,
-        "us": None,
-        "us_all": [],
-        "graph_us": None,
-        "graph_us_all": [],
-        "graph_calls": None,
-        "tflops": None,
-        "gbs": None,
-        "share_of_matmul": None,
-        "share_of_copy": None,
-        "speedup": None,
-        "graph_speedup": None,
-        "plan_us": None,
-        "status": "ok",
-        "max_abs_err": None,
-        "max_rel_err": None,
-        "notes": [],
-    }
-
-
-def judge(row: Row, verdict: Verdict, where: str) -> None:
-    """Write a verdict into a row; the worse of two stays."""
-    for key, value in (("max_abs_err", verdict.max_abs_err), ("max_rel_err", verdict.max_rel_err)):
-        row[key] = value if row[key] is None else max(row[key], value)
-    if not verdict.ok:
-        row["status"] = "wrong"
-        row["notes"].append(f"wrong{where}: {verdict.detail}")
-
-
-def compare(rows: dict[str, Row], times: dict[str, list[float]], key: str) -> None:
-    """How many times as fast as each contender cupaged is, round by round."""
-    if Cupaged.name in times:
-        for name, taken in times.items():
-            if name != Cupaged.name:
-                rows[name][key] = paired_ratio(taken, times[Cupaged.name])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     options = parse(arguments)
+    clock = Clock()
     # This checkout's package is what the header's commit speaks of.
     sys.path.insert(0, str(ROOT))
     try:
@@ -263,37 +143,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing,
         ceilings,
         ROOT,
-        {"dtype": options.dtype, "quick": options.quick, "repeat": options.repeat},
+        {
+            "dtype": options.dtype,
+            "page_size": options.page_size,
+            "quick": options.quick,
+            "repeat": options.repeat,
+            "seconds": clock.seconds,
+        },
     )
-    workloads = [w for w in prefill_workloads(options.page_size) if w.name in options.workloads]
-    if SWEEP in options.workloads:
-        workloads += page_sweep()
-    if options.quick:
-        workloads = [shrink(workload) for workload in workloads]
-
+    clock.lap("start")
     rng = np.random.default_rng()
     rows: list[Row] = []
-    for workload in workloads:
-        print(workload.name, end=" ", file=sys.stderr, flush=True)
-        found = measure(workload, contenders, device, options.dtype, options.repeat, rng)
+    for name, workloads in turns(options):
+        repeat = options.repeat
+        if workloads[0].sweep == LENGTH_SWEEP:
+            # Its longest calls take as long as all the others together, and no bar is on them.
+            repeat = -(-repeat // 2)
+        found = measure(workloads, contenders, device, options.dtype, repeat, rng)
         for row in found:
             if row["us"] is not None:
                 row |= rates(row, ceilings)
         rows += found
         device.free()
-        # Written after each workload: a run that is cut short leaves what it had.
+        clock.lap(name)
+        # Written after each turn: a run that is cut short leaves what it had.
         if options.json:
-            save(options.json, head, rows)
-    if HOST in options.workloads:
-        print(HOST, end="", file=sys.stderr, flush=True)
-        rows += host_costs(contenders, options.dtype, device, options.quick)
+            save(options.json, head, rows, [])
+    rows += host_costs(options.workloads, contenders, options.dtype, device, options.quick)
+    clock.lap(HOST)
     print(file=sys.stderr)
+    # Of the reference backend they would say nothing.
+    found_bars = [] if options.quick else verdicts(rows)
     if options.json:
-        save(options.json, head, rows)
+        save(options.json, head, rows, found_bars)
     if options.plot:
         plot(options.plot, head, rows)
-    print("\n".join(table(head, rows)))
+    title = f"bars for an H200, bfloat16, pages of 16 (this run: {options.dtype}, pages of "
+    title += f"{options.page_size})"
+    print("\n".join([*table(head, rows), *bar_table(found_bars, title)]))
     return exit_status(rows)
+
+
+class Clock:
+    """Wall-clock seconds of the parts of a run, said on stderr as they pass."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a part; the next begins."""
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self._last, 1)
+        self._last = now
+        print(f"{name} {self.seconds[name]} s", end=" · ", file=sys.stderr, flush=True)
+
+
+def turns(options: argparse.Namespace) -> list[tuple[str, list[Workload]]]:
+    """The chosen workloads, by what is measured together.
+
+    The page sizes are: a drift of the clock must meet them alike.
+    """
+    chosen = [w for w in catalogue(options.page_size) if w.name in options.workloads]
+    if options.quick:
+        chosen = [shrink(workload) for workload in chosen]
+    alone = [(w.name, [w]) for w in chosen if w.sweep != PAGE_SWEEP]
+    pages = [w for w in chosen if w.sweep == PAGE_SWEEP]
+    return [*alone, (PAGE_SWEEP, pages)] if pages else alone
 
 
 def exit_status(rows: Sequence[Row]) -> int:

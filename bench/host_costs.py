@@ -12,17 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from contender import Contender, make_problem
+from report import Row
 from timing import HostDevice, first_line, host_us
 from workloads import PageTable, Workload, issue192, make_page_table, ragged, shrink
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-
-Row = dict[str, Any]
 
 #: Planned for: name, requests, median query length; 0 for one query each, as in decoding.
 PLANS = (
@@ -34,6 +32,10 @@ PLANS = (
     ("plan-1024-append", 1024, 16.0),
 )
 PLAN_PAGE_SIZE = 16
+
+#: All that can be measured here, as `--workloads` names it.
+RUN, IMPORT, FIRST_CALL = "run-host", "import", "first-call"
+HOST_COSTS = (*(name for name, _, _ in PLANS), RUN, IMPORT, FIRST_CALL)
 
 #: `run()` calls in a row: many, and still fewer than the GPU queues before the host must wait.
 RUN_CALLS = 100
@@ -65,17 +67,21 @@ def host_row(name: str, contender: str, value: float | None, unit: str, note: st
 
 
 def host_costs(
-    contenders: Sequence[Contender], dtype: str, device: HostDevice, quick: bool
+    names: Sequence[str],
+    contenders: Sequence[Contender],
+    dtype: str,
+    device: HostDevice,
+    quick: bool,
 ) -> Iterator[Row]:
-    """All rows about the host; a measurement that fails gives a row that says so."""
+    """Rows of those of `HOST_COSTS` that are named; one that fails gives a row that says so."""
     rng = np.random.default_rng()
-    jobs = [
-        *plan_jobs(contenders, dtype, device, rng, quick),
-        *run_jobs(contenders, dtype, device, rng, quick),
-        Job("import", "cupaged", lambda: import_rows(3 if quick else 7)),
-    ]
-    if device.backend == "cuda":
-        jobs.append(Job("first-call", "cupaged", first_call_rows))
+    jobs = list(plan_jobs(names, contenders, dtype, device, rng, quick))
+    if RUN in names:
+        jobs += run_jobs(contenders, dtype, device, rng, quick)
+    if IMPORT in names:
+        jobs.append(Job(IMPORT, "cupaged", lambda: import_rows(3 if quick else 7)))
+    if FIRST_CALL in names and device.backend == "cuda":
+        jobs.append(Job(FIRST_CALL, "cupaged", first_call_rows))
     for job in jobs:
         try:
             yield from job.measure()
@@ -85,6 +91,7 @@ def host_costs(
 
 
 def plan_jobs(
+    names: Sequence[str],
     contenders: Sequence[Contender],
     dtype: str,
     device: HostDevice,
@@ -93,6 +100,8 @@ def plan_jobs(
 ) -> Iterator[Job]:
     """µs of `plan()` from host arrays, the device idle."""
     for name, batch, query_median in PLANS:
+        if name not in names:
+            continue
         workload = ragged(name, batch, max(query_median, 1.0), PLAN_PAGE_SIZE)
         if query_median == 0:
             workload = replace(workload, qo_lens=(1,) * batch)
@@ -134,11 +143,11 @@ def run_jobs(
         runner.call()
         times = host_us(runner.call, 3 if quick else 20, device, calls)
         note = f"{calls} calls in a row, not waited for"
-        return [host_row("run-host", contender.name, statistics.median(times), "us", note)]
+        return [host_row(RUN, contender.name, statistics.median(times), "us", note)]
 
     for contender in contenders:
         if contender.unfit(workload) is None:
-            yield Job("run-host", contender.name, functools.partial(measure, contender))
+            yield Job(RUN, contender.name, functools.partial(measure, contender))
 
 
 def run_python(arguments: Sequence[str], environment: dict[str, str]) -> str:
@@ -171,7 +180,7 @@ def import_rows(repeat: int) -> list[Row]:
     """
     rows = []
     for name, use in (
-        ("import", ""),
+        (IMPORT, ""),
         ("import-wrapper", "cupaged.BatchPrefillWithPagedKVCacheWrapper; "),
     ):
         program = (

@@ -1,4 +1,4 @@
-"""Results as JSON, as a table and as a picture; and the header that says what was measured."""
+"""Results as JSON and as a table; and the header that says what was measured."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from timing import HostDevice
+from workloads import LENGTH_SWEEP, PAGE_SWEEP
 
 Row = dict[str, Any]
 
@@ -47,7 +48,15 @@ A call shorter than its launch from Python has the launch for its µs: graph µs
 TFLOP/s and GB/s are of µs: 4 head_dim FLOPs a visible (query head row, key) pair; K, V, Q read
 once, the output written once. %mm, %cp: of the matrix product and the copy above.
 speedup: cupaged over this contender, median of paired rounds. rel.err: of sampled rows.
+over its page 16: a contender's speed, that at page size 16 being 1, median of paired rounds.
 *: K and V fit in the L2 cache. !: wrong output."""
+
+#: A sweep's rows make a table of their own: its heading, and the ratio that is said beneath a
+#: contender's TFLOP/s by its name and the row's key.
+SWEEPS = {
+    LENGTH_SWEEP: ("TFLOP/s by length", "  cupaged over it", "speedup"),
+    PAGE_SWEEP: ("TFLOP/s by page size", "  over its page 16", "over_page16"),
+}
 
 
 def header(
@@ -153,10 +162,15 @@ def rates(row: Row, ceilings: Mapping[str, float | None]) -> Row:
     }
 
 
-def save(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write header and rows as JSON, replacing the file in one step."""
+def save(
+    path: Path,
+    head: Mapping[str, Any],
+    rows: Sequence[Row],
+    bars: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write header, rows and the bars' verdicts as JSON, replacing the file in one step."""
     part = path.with_name(path.name + ".part")
-    content = {"header": head, "rows": [finite(row) for row in rows]}
+    content = {"header": head, "rows": [finite(row) for row in rows], "bars": list(bars)}
     part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     part.replace(path)
 
@@ -176,7 +190,7 @@ def cell(value: Any, width: int, form: str) -> str:
 
 
 def table(head: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
-    """Lines of the report: what was measured, the table, the host's costs, the notes."""
+    """Lines of the report: what was measured, the notes, the tables, the host's costs."""
     ceilings = head["ceilings"]
     yield f"{head['gpu'] or 'host'} · {head['backend']} backend · {head['dtype']} · {head['date']}"
     yield (
@@ -196,15 +210,19 @@ def table(head: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
     yield from (line[:MAX_WIDTH] for line in notes(attention))
     if attention:
         yield from LEGEND.splitlines()
+    fixed = [row for row in attention if not row["sweep"]]
+    if fixed:
         yield " ".join(cell(title, width, "s") for title, width, _, _ in COLUMNS)
     last = None
-    for row in attention:
+    for row in fixed:
         name = row["workload"] + ("*" if row["fits_l2"] else "")
         # A name that stands in the line above is not said again.
         shown = {**row, "workload": "" if name == last else name}
         shown["contender"] += "!" if row["status"] == "wrong" else ""
         yield " ".join(cell(shown[key], width, form) for _, width, key, form in COLUMNS).rstrip()
         last = name
+    for sweep in SWEEPS:
+        yield from sweep_table(sweep, [row for row in attention if row["sweep"] == sweep])
     for row in rows:
         if row["kind"] == "host":
             value = cell(row["value"], 9, ".4g")
@@ -212,6 +230,36 @@ def table(head: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
                 f"{row['workload']:21s} {row['contender']:14s} {value} "
                 f"{row['unit']:2s}  {row['note']}"
             )[:MAX_WIDTH]
+
+
+def along(row: Row, sweep: str) -> int:
+    """Where on its sweep a row lies: its page size, or the length of its requests."""
+    return int(row["page_size"] if sweep == PAGE_SWEEP else row["kv_lens"][0])
+
+
+def sweep_table(sweep: str, rows: Sequence[Row]) -> Iterator[str]:
+    """Lines of one sweep: TFLOP/s of each contender, and beneath them the ratios."""
+    heading, ratio, key = SWEEPS[sweep]
+    points = sorted({along(row, sweep) for row in rows})
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        return (cell(name, -22, "s") + " ".join(cells)).rstrip()
+
+    if points:
+        yield line(heading, (f"{point:>8,}" for point in points))
+    for contender in dict.fromkeys(row["contender"] for row in rows):
+        mine = {along(row, sweep): row for row in rows if row["contender"] == contender}
+        present = [mine.get(point, {}) for point in points]
+        yield line(contender, (rate_cell(row) for row in present))
+        ratios = [row.get(key) for row in present]
+        if any(value is not None for value in ratios):
+            yield line(ratio, (cell(value, 8, ".3f") for value in ratios))
+
+
+def rate_cell(row: Row) -> str:
+    """TFLOP/s of a row of a sweep, marked where the output is wrong; an empty row has none."""
+    mark = "!" if row.get("status") == "wrong" else ""
+    return (cell(row.get("tflops"), 1, ".1f") + mark).rjust(8)
 
 
 def notes(attention: Sequence[Row]) -> Iterator[str]:
@@ -223,50 +271,3 @@ def notes(attention: Sequence[Row]) -> Iterator[str]:
     for (contender, note), workloads in said.items():
         where = workloads[0] if len(workloads) == 1 else f"{len(workloads)} workloads"
         yield f"{contender}, {where}: {note}"
-
-
-def plot(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Draw TFLOP/s by workload and contender, and over the page size where that was swept.
-
-    Needs matplotlib, which is imported here and nowhere else.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [row for row in rows if row["kind"] == "attention" and row["us"] is not None]
-    swept = [row for row in timed if row["swept"]]
-    fixed = [row for row in timed if not row["swept"]]
-    names = list(dict.fromkeys(row["contender"] for row in timed))
-    figure, axes = pyplot.subplots(
-        2 if swept and fixed else 1, 1, figsize=(12, 9 if swept and fixed else 5), squeeze=False
-    )
-    panels = iter(axes[:, 0])
-    if fixed:
-        panel = next(panels)
-        workloads = list(dict.fromkeys(row["workload"] for row in fixed))
-        width = 0.8 / len(names)
-        for i, name in enumerate(names):
-            mine = [row for row in fixed if row["contender"] == name]
-            places = [workloads.index(row["workload"]) + i * width for row in mine]
-            panel.bar(places, [row["tflops"] for row in mine], width, label=name)
-        middle = 0.4 - width / 2
-        panel.set_xticks([i + middle for i in range(len(workloads))], workloads, fontsize=8)
-        panel.legend(fontsize=8)
-        panel.set_ylabel("TFLOP/s")
-    if swept:
-        panel = next(panels)
-        for name in names:
-            mine = [row for row in swept if row["contender"] == name]
-            if mine:
-                sizes = [row["page_size"] for row in mine]
-                panel.plot(sizes, [row["tflops"] for row in mine], marker="o", label=name)
-        panel.set_xscale("log", base=2)
-        panel.set_xlabel("page size")
-        panel.set_ylabel("TFLOP/s")
-        panel.legend(fontsize=8)
-    figure.suptitle(f"{head['gpu'] or 'host, reference backend'} · {head['dtype']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from workloads import DTYPES, standard_normal
 
 Call = Callable[[], object]
+
+Key = TypeVar("Key", bound=Hashable)
 
 #: A measured time in µs that may be asked for only once the device has been synchronised.
 Pending = Callable[[], float]
@@ -205,22 +207,22 @@ def torch_on(device: CudaDevice) -> Any:
 
 
 def interleave(
-    samplers: Mapping[str, Callable[[], Pending]],
+    samplers: Mapping[Key, Callable[[], Pending]],
     warmup: int,
     repeat: int,
     device: HostDevice,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Times of several contenders, taken in turns so that a drift of the clock meets them alike.
 
     Returns
     -------
     dict
-        µs of each of the `repeat` rounds, by contender.
+        µs of each of the `repeat` rounds, under the sampler's key.
     """
     for sample in samplers.values():
         for _ in range(warmup):
             sample()
-    pending: dict[str, list[Pending]] = {name: [] for name in samplers}
+    pending: dict[Key, list[Pending]] = {name: [] for name in samplers}
     for _ in range(repeat):
         for name, sample in samplers.items():
             pending[name].append(sample())

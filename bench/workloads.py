@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,13 @@ DTYPES: dict[str, np.dtype] = {
 
 #: page sizes of the sweep; 24 is there because nothing but multiplication is easy with it
 SWEEP_PAGE_SIZES = (1, 2, 4, 8, 16, 24, 32, 64, 128, 256)
+
+#: lengths of the other sweep, and the tokens that the requests of each length have together
+SWEEP_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+SWEEP_TOKENS = 16384
+
+PAGE_SWEEP = "page-sweep"
+LENGTH_SWEEP = "length-sweep"
 
 #: pages that no request names, in every pool; they hold NaN
 SPARE_PAGES = 3
@@ -50,8 +58,8 @@ class Workload:
         Elements of a head.
     min_pages : int
         The pool holds at least so many pages.
-    paged_only : bool
-        It is about paging: contenders without pages have nothing to say on it.
+    sweep : str
+        The sweep it is a point of, `PAGE_SWEEP` or `LENGTH_SWEEP`; empty for none.
     """
 
     name: str
@@ -63,12 +71,17 @@ class Workload:
     page_size: int
     head_dim: int = 128
     min_pages: int = 0
-    paged_only: bool = False
+    sweep: str = ""
 
     @property
     def batch(self) -> int:
         """Number of requests."""
         return len(self.qo_lens)
+
+    @property
+    def paged_only(self) -> bool:
+        """It is about paging: contenders without pages have nothing to say on it."""
+        return self.sweep == PAGE_SWEEP
 
     def flops(self) -> int:
         """Floating-point operations: 4 * head_dim for each (query head row, visible key) pair."""
@@ -126,12 +139,14 @@ def issue192() -> Workload:
 
 
 def prefill_workloads(page_size: int) -> list[Workload]:
-    """The prefill table: what `--workloads` can name, apart from the sweep and the host costs."""
+    """The prefill table."""
     among = 31  # the long prefill's place among the decodes: neither first nor last
     return [
         Workload("1x16384-full", (16384,), (16384,), 16, 16, False, page_size),
         Workload("1x16384-causal", (16384,), (16384,), 16, 16, True, page_size),
         Workload("4x4096", (4096,) * 4, (4096,) * 4, 32, 8, True, page_size),
+        Workload("4x4096-hd64", (4096,) * 4, (4096,) * 4, 32, 8, True, page_size, head_dim=64),
+        Workload("4x4096-hd256", (4096,) * 4, (4096,) * 4, 32, 8, True, page_size, head_dim=256),
         Workload("16x1024", (1024,) * 16, (1024,) * 16, 32, 8, True, page_size),
         Workload("8x512-over-8192", (512,) * 8, (8192,) * 8, 32, 8, True, page_size),
         ragged("ragged-64", 64, 256, page_size),
@@ -151,14 +166,24 @@ def prefill_workloads(page_size: int) -> list[Workload]:
 def page_sweep() -> list[Workload]:
     """4 x 4,096 at every page size of the sweep."""
     return [
-        Workload(f"4x4096-page{p}", (4096,) * 4, (4096,) * 4, 32, 8, True, p, paged_only=True)
+        Workload(f"4x4096-page{p}", (4096,) * 4, (4096,) * 4, 32, 8, True, p, sweep=PAGE_SWEEP)
         for p in SWEEP_PAGE_SIZES
     ]
 
 
+def length_sweep(page_size: int) -> list[Workload]:
+    """Equal requests of each length of the sweep, as many as make its tokens."""
+    table = []
+    for length in SWEEP_LENGTHS:
+        lens = (length,) * max(1, SWEEP_TOKENS // length)
+        name = f"length-{length}"
+        table.append(Workload(name, lens, lens, 32, 8, True, page_size, sweep=LENGTH_SWEEP))
+    return table
+
+
 def shrink(workload: Workload) -> Workload:
     """The same shape at a size that NumPy computes in milliseconds."""
-    by = 64 if max(workload.kv_lens) > 512 else 1
+    by = 64 if max(workload.kv_lens) > 256 else 1
     kv_heads = min(workload.num_kv_heads, 2)
     group = workload.num_qo_heads // workload.num_kv_heads
 
@@ -234,7 +259,7 @@ def standard_normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str
         part = flat[start : start + DRAW_CHUNK]
         part[:] = np.random.default_rng(seed).standard_normal(part.size, np.float32)
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(fill, starts, seeds):
             pass
     return flat.reshape(shape)

@@ -16,7 +16,7 @@ import numpy as np
 
 from cupaged import dlpack
 from cupaged.spec import DTYPES
-from cupaged.streams import caller_stream, cupy, framework, on, order_after
+from cupaged.streams import caller_stream, cupy, framework, on, on_stream_of, order_after
 
 __all__ = [
     "allocate_output",
@@ -29,6 +29,7 @@ __all__ = [
     "import_index",
     "import_tensor",
     "on",
+    "on_stream_of",
     "writable",
 ]
 
@@ -76,6 +77,8 @@ def import_tensor(x: Any, name: str, beside: Any = None) -> Array:
     if kind == "numpy":
         return x
     if kind == "cupy":
+        if beside is None or type(beside) is type(x):
+            return x
         array = x
     elif kind == "torch":
         array = _from_torch(x, name)
@@ -141,8 +144,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Array) -> Array:
     """
     if isinstance(like, np.ndarray):
         return np.empty(shape, dtype)
+    cp = cupy()
+    if cp.cuda.runtime.getDevice() == like.data.device_id:  # making it current takes a while
+        return cp.empty(shape, dtype)
     with like.device:
-        return cupy().empty(shape, dtype)
+        return cp.empty(shape, dtype)
 
 
 def allocate_output(

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cupaged import cuda, heuristics, reference, schedule
+from cupaged import cuda, devices, reference, schedule, tiles
+from cupaged.device_plan import DevicePlan
 from cupaged.errors import BackendUnavailableError
 from cupaged.schedule import Schedule
 from cupaged.spec import HOST_MODEL, DeviceModel
@@ -36,7 +37,7 @@ def current_place(backend: Backend) -> tuple[int | None, int]:
     if backend == "auto" and not any(name in sys.modules for name in _GPU_FRAMEWORKS):
         return None, 0
     try:
-        return cuda.current_place()
+        return devices.current_place()
     except BackendUnavailableError:
         if backend == "cuda":
             raise
@@ -45,7 +46,7 @@ def current_place(backend: Backend) -> tuple[int | None, int]:
 
 def device_model(device: int | None) -> DeviceModel:
     """The machine to balance a schedule for."""
-    return HOST_MODEL if device is None else cuda.device_model(device)
+    return HOST_MODEL if device is None else devices.device_model(device)
 
 
 class Plan:
@@ -69,26 +70,28 @@ class Plan:
         workspace: Any | None,
     ) -> None:
         self.schedule = planned
+        self.nnz_qo = planned.lengths.nnz_qo
         self.page_indices = page_indices
         self.highest_page = highest_page
         self.workspace = workspace
-        self._on_device: dict[int, cuda.DevicePlan] = {}
+        self._on_device: dict[int, DevicePlan] = {}
 
-    def on_device(self, device: int) -> cuda.DevicePlan:
+    def on_device(self, device: int) -> DevicePlan:
         """The plan on CUDA device `device`, the current one; uploaded the first time."""
         found = self._on_device.get(device)
         if found is None:
-            model = cuda.device_model(device)
+            model = devices.device_model(device)
             planned = self.schedule
-            if heuristics.tile_class(model.arch) != heuristics.tile_class(planned.device.arch):
+            if tiles.tile_class(model.arch) != tiles.tile_class(planned.device.arch):
                 planned = schedule.rebuild(planned, model)
-            found = cuda.DevicePlan(planned, self.page_indices, device, self.workspace)
+            found = DevicePlan(planned, self.page_indices, device, self.workspace)
             self._on_device[device] = found
         return found
 
     def run(
         self,
         device: int | None,
+        stream: int,
         tensors: tuple[Any, Any, Any, Any, Any | None],
         factors: tuple[float, float, float],
     ) -> None:
@@ -98,12 +101,17 @@ class Plan:
         ----------
         device : int or None
             CUDA device, the current one; None for the host.
+        stream : int
+            Its current stream.
         tensors : tuple
-            q, k, v, out and lse, as `reference.run` takes them.
+            q, k, v, out and lse; K and V in the plan's layout.
         factors : tuple of float
             What multiplies `q·k` in base 2, the output, and the base-2 LSE.
         """
         if device is None:
-            reference.run(self.schedule, self.page_indices, *tensors, *factors)
+            q, k, v, out, lse = tensors
+            if self.schedule.spec.kv_layout == "HND":
+                k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+            reference.run(self.schedule, self.page_indices, q, k, v, out, lse, *factors)
         else:
-            cuda.run(self.on_device(device), *tensors, factors)
+            cuda.run(self.on_device(device), stream, *tensors, factors)

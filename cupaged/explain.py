@@ -7,9 +7,9 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
-from cupaged import heuristics
+from cupaged import heuristics, tiles
 from cupaged.schedule import Launch, Lengths, Schedule
-from cupaged.spec import AttentionSpec
+from cupaged.spec import AttentionSpec, KernelConfig
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -59,13 +59,13 @@ def piece_costs(launch: Launch, num_kv_heads: int) -> FloatArray:
         In KV tiles.
     """
     items = launch.items
-    tiles = -(-(items["kv_end"] - items["kv_begin"]) // launch.config.cta_tile_kv)
+    kv_tiles = -(-(items["kv_end"] - items["kv_begin"]) // launch.config.cta_tile_kv)
     overhead = np.where(
         items["num_splits"] > 1,
         heuristics.ITEM_COST + heuristics.SPLIT_COST,
         heuristics.ITEM_COST,
     )
-    costs: FloatArray = (tiles + overhead).astype(np.float64).repeat(num_kv_heads)
+    costs: FloatArray = (kv_tiles + overhead).astype(np.float64).repeat(num_kv_heads)
     return costs
 
 
@@ -138,17 +138,17 @@ def _launch_lines(schedule: Schedule, launch: Launch) -> list[str]:
     first_splits = launch.items[launch.items["split"] == 0]
     request = first_splits["request"]
     packed_len = schedule.lengths.qo_len[request] * spec.gqa_group_size
-    rows = np.minimum(packed_len - first_splits["row_begin"], config.cta_tile_q)
-    used = float(rows.sum()) / (len(rows) * config.cta_tile_q)
+    rows = np.minimum(packed_len - first_splits["row_begin"], launch.tile_rows)
+    used = float(rows.sum()) / (len(rows) * launch.tile_rows)
     costs = piece_costs(launch, spec.num_kv_heads)
     finish = finish_times(costs, launch.grid)
     last, mean = float(finish[-1]), float(finish.mean())
-    slots = heuristics.slots(config, schedule.device)
+    slots = tiles.slots(config, schedule.device)
     lines = [
         _line(
             "tile",
             f"{config.cta_tile_q} rows x {config.cta_tile_kv} keys; {config.num_threads} threads, "
-            f"{config.shared_bytes // 1024} KiB of shared memory, {config.num_stages} KV stages",
+            f"{config.shared_bytes // 1024} KiB of shared memory, {_stages(config)}",
         ),
         *(_line("", reason) for reason in _reasons(schedule, launch, request, packed_len)),
         _line(
@@ -195,7 +195,7 @@ def _reasons(
     """Why the launch's tiles have the shape they have."""
     config, spec = launch.config, schedule.spec
     limit = heuristics.SHORT_MAX_ROWS
-    short = heuristics.kernel_config(
+    short = tiles.kernel_config(
         schedule.device.arch, spec.dtype, spec.head_dim, spec.page_size, "short"
     )
     if config == short:
@@ -204,24 +204,44 @@ def _reasons(
             f"keys: divided over {config.warps_kv} warps; {config.num_stages} stages keep loads "
             + "under way",
         ]
-    per_warp = config.cta_tile_q // config.warps_q
-    if per_warp > 16:
-        why_rows = "so that each fragment of K and V feeds two matrix products"
-    else:
-        why_rows = f"as the output of more, {config.head_dim} wide, would not fit the registers"
     blocks = _count(config.ctas_per_sm, "thread block")
+    if config.producer_warps:
+        rows = f"{config.cta_tile_q // (config.warps_q // 4)} rows a warpgroup,"
+        why_rows = (
+            f"which {_count(config.warps_q // 4, 'warpgroup')} compute; one more brings Q, K and V"
+        )
+        keys = f"fit the registers, and leave room for {_stages(config)}"
+    else:
+        per_warp = config.cta_tile_q // config.warps_q
+        rows = f"{per_warp} rows a warp,"
+        if per_warp > 16:
+            why_rows = "so that each fragment of K and V feeds two matrix products"
+        else:
+            why_rows = f"as the output of more, {config.head_dim} wide, would not fit the registers"
+        keys = f"leave room for {config.num_stages} stages and {blocks} an SM"
     reasons = [
-        f"rows: for requests of more than {limit} (queries x group); {per_warp} rows a warp,",
+        f"rows: for requests of more than {limit} (queries x group); {rows}",
         f"      {why_rows}",
-        f"keys: as many as leave room for {config.num_stages} stages and {blocks} an SM",
+        f"keys: as many as {keys}",
     ]
+    if launch.tile_rows < config.cta_tile_q:
+        reasons.append(f"an item has {launch.tile_rows} of the rows: so many blocks run at once")
     riding = len(np.unique(request[packed_len <= limit]))
     if riding:
-        reasons.append(
-            f"{_count(riding, 'shorter request')} ride along: too little work for a launch of "
-            "their own"
-        )
+        if config.carries_short:
+            why = "few rows cost no more than reading K and V"
+        else:
+            why = "too little work for a launch of their own"
+        verb = "rides" if riding == 1 else "ride"
+        reasons.append(f"{_count(riding, 'shorter request')} {verb} along: {why}")
     return reasons
+
+
+def _stages(config: KernelConfig) -> str:
+    """The depth of the pipeline that brings K and V."""
+    if config.producer_warps:
+        return f"{config.num_stages} stages of K or V"
+    return f"{config.num_stages} KV stages"
 
 
 def _split_words(launch: Launch, first_splits: npt.NDArray[np.void]) -> str:

@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any
 
 import cupaged
-from cupaged import cuda, kernels
+from cupaged import devices, kernels
 from cupaged.errors import BackendUnavailableError
 
 _CUPY_WHEELS = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
@@ -38,7 +38,7 @@ def info() -> str:
         *_driver_lines(),
     ]
     try:
-        runtime = cuda.cupy().cuda.runtime
+        runtime = devices.cupy().cuda.runtime
     except BackendUnavailableError as error:
         lines.append(_line("CUDA backend", f"unavailable: {error}"))
         gpus = []
@@ -46,7 +46,7 @@ def info() -> str:
         gpus = [runtime.getDeviceProperties(i) for i in range(runtime.getDeviceCount())]
     lines += [_line(f"cuda:{i}", _gpu_words(gpu)) for i, gpu in enumerate(gpus)]
     architectures = sorted({gpu["major"] * 10 + gpu["minor"] for gpu in gpus})
-    lines += _cache_lines([arch for arch in architectures if arch >= cuda.MIN_ARCH])
+    lines += _cache_lines([arch for arch in architectures if arch >= devices.MIN_ARCH])
     return "\n".join(lines)
 
 
@@ -99,7 +99,7 @@ def _gpu_words(gpu: dict[str, Any]) -> str:
         f"{gpu_name(gpu)}, compute capability {gpu['major']}.{gpu['minor']}, "
         f"{gpu['multiProcessorCount']} SMs, {gpu['totalGlobalMem'] / _GIB:.1f} GiB"
     )
-    too_old = gpu["major"] * 10 + gpu["minor"] < cuda.MIN_ARCH
+    too_old = gpu["major"] * 10 + gpu["minor"] < devices.MIN_ARCH
     return f"{words}; too old, expected at least 8.0" if too_old else words
 
 

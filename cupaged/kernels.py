@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cupaged import heuristics, source
+from cupaged import source, tiles
 from cupaged.errors import BackendUnavailableError
 from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, KernelConfig
 
@@ -39,8 +39,8 @@ atexit.register(_loaded.clear)
 
 def configurations(arch: int) -> Iterator[KernelConfig]:
     """Every kernel configuration that a GPU of compute capability `arch` may be asked to run."""
-    choices = (SERVED_DTYPES, SERVED_HEAD_DIMS, heuristics.TYPICAL_PAGE_SIZES, heuristics.SHAPES)
-    found = (heuristics.kernel_config(arch, *choice) for choice in itertools.product(*choices))
+    choices = (SERVED_DTYPES, SERVED_HEAD_DIMS, tiles.TYPICAL_PAGE_SIZES, tiles.SHAPES)
+    found = (tiles.kernel_config(arch, *choice) for choice in itertools.product(*choices))
     yield from dict.fromkeys(found)
 
 

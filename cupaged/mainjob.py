@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cupaged
-from cupaged import cuda
+from cupaged import devices
 from cupaged.backend import Backend
 from cupaged.errors import BackendUnavailableError
 from cupaged.examples import Batch, IntArray, draw_lengths
@@ -186,7 +186,7 @@ def run(case: Case, inputs: Inputs, backend: Backend) -> tuple[Half, Float32, li
     )
     if backend == "cuda":
         # Copies only: nothing that CuPy would have to compile, for which it needs CUDA's headers.
-        arrays = [cuda.cupy().asarray(array) for array in arrays]
+        arrays = [devices.cupy().asarray(array) for array in arrays]
     q, k_cache, v_cache, out, lse = arrays
     wrapper.run(q, (k_cache, v_cache), out=out, lse=lse, return_lse=True)
     if backend == "cuda":
@@ -253,7 +253,7 @@ def choose_backends(choice: Backend) -> tuple[tuple[Backend, ...], str]:
     if choice == "reference":
         return ("reference",), ""
     try:
-        cuda.device_model(cuda.cupy().cuda.runtime.getDevice())
+        devices.device_model(devices.cupy().cuda.runtime.getDevice())
     except BackendUnavailableError as error:
         if choice == "cuda":
             raise
@@ -265,7 +265,7 @@ def place(backend: Backend) -> str:
     """A backend and its device in words."""
     if backend == "reference":
         return f"reference backend on the host (NumPy {np.__version__})"
-    runtime = cuda.cupy().cuda.runtime
+    runtime = devices.cupy().cuda.runtime
     device = runtime.getDevice()
     return f"cuda backend on cuda:{device} ({gpu_name(runtime.getDeviceProperties(device))})"
 

@@ -352,17 +352,15 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
             ),
         )
         spec = plan.schedule.spec
-        nnz_qo = plan.schedule.lengths.nnz_qo
+        nnz_qo = plan.nnz_qo
         queries = arrays.import_tensor(q, "q")
-        keys, values = validate_run.cache(_import_cache(paged_kv_cache, q), spec)
+        keys, values, num_pages = validate_run.cache(_import_cache(paged_kv_cache, q), spec)
         validate_run.query(queries, spec, nnz_qo)
         device = validate_run.one_device(queries, keys, values)
         validate_run.backend_serves(self._backend, device)
         if plan.workspace is not None:
             validate_run.workspace_device(plan.workspace, device)
-        validate.page_range(
-            plan.page_indices, plan.highest_page, plan.schedule.lengths, keys.shape[0]
-        )
+        validate.page_range(plan.page_indices, plan.highest_page, plan.schedule.lengths, num_pages)
         factors = (
             LOG2_E * validate.logit_scale(spec.sm_scale, q_scale, k_scale),
             1.0 if v_scale is None else validate.scale(v_scale, "v_scale"),
@@ -377,7 +375,8 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
         if lse is not None:
             result_lse = arrays.import_tensor(arrays.writable(lse, "lse"), "lse", q)
             validate_run.given(result_lse, "lse", rows, DTYPES["float32"], device)
-        with arrays.on(device, arrays.caller_stream(q, device)):
+        current, stream = arrays.on_stream_of(q, device)
+        with current:
             if result is None:
                 result, out = arrays.allocate_output(
                     (*rows, spec.head_dim), queries.dtype, queries, q
@@ -385,7 +384,7 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
             if result_lse is None and want_lse:
                 result_lse, lse = arrays.allocate_output(rows, DTYPES["float32"], queries, q)
             if nnz_qo:
-                plan.run(device, (queries, keys, values, result, result_lse), factors)
+                plan.run(device, stream, (queries, keys, values, result, result_lse), factors)
             if out is None:
                 out = arrays.export(result, q)
             if lse is None and return_lse:

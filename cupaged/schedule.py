@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cupaged import heuristics
 from cupaged.spec import ITEM_DTYPE, REQUEST_DTYPE, AttentionSpec, DeviceModel, KernelConfig
+from cupaged.tiles import kernel_config, slots
 
 IntArray = npt.NDArray[np.int32]
 
@@ -22,8 +24,7 @@ _UINT16_MAX = 2**16 - 1
 _MAX_SPLIT = 2**30  # no request has more keys
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
+class Lengths(NamedTuple):
     """A ragged batch: what the four index arrays say, checked.
 
     Attributes
@@ -43,15 +44,16 @@ class Lengths:
         return int(self.qo_indptr[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """The items of one query-tile shape: one launch of one kernel.
 
     Attributes
     ----------
     config : KernelConfig
-    items : ITEM_DTYPE [num_items]
+    item_fields : int32 [num_items, fields of ITEM_DTYPE]
         Longest first. Every item stands for `num_kv_heads` pieces of work, one a KV head.
+    tile_rows : int
+        Packed rows of an item, at most `cta_tile_q`.
     grid : int
         Thread blocks. Block `b` begins with piece `b`; whoever is done takes the next one.
         Piece `w` is item `w // num_kv_heads` for KV head `w % num_kv_heads`.
@@ -62,10 +64,16 @@ class Launch:
     """
 
     config: KernelConfig
-    items: npt.NDArray[np.void]
+    item_fields: IntArray
+    tile_rows: int
     grid: int
     num_partials: int
     num_merges: int
+
+    @property
+    def items(self) -> npt.NDArray[np.void]:
+        """The items as records: ITEM_DTYPE [num_items]."""
+        return self.item_fields.view(ITEM_DTYPE).reshape(-1)
 
     def num_partial_rows(self, spec: AttentionSpec) -> int:
         """Rows of all partial states."""
@@ -76,8 +84,7 @@ class Launch:
         return self.num_partial_rows(spec) * (spec.head_dim + 1) * 4
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(NamedTuple):
     """All that depends on the lengths alone.
 
     Attributes
@@ -86,7 +93,7 @@ class Schedule:
     device : DeviceModel
         What it was divided for. It is right on any other of the same class of tiles.
     lengths : Lengths
-    requests : REQUEST_DTYPE [batch]
+    request_fields : int32 [batch, fields of REQUEST_DTYPE]
     fixed_split_size : int, optional
         Pages of a split, where the caller fixed it.
     disable_split_kv : bool
@@ -97,15 +104,21 @@ class Schedule:
     spec: AttentionSpec
     device: DeviceModel
     lengths: Lengths
-    requests: npt.NDArray[np.void]
+    request_fields: IntArray
     fixed_split_size: int | None
     disable_split_kv: bool
     launches: tuple[Launch, ...]
 
     @property
+    def requests(self) -> npt.NDArray[np.void]:
+        """The requests as records: REQUEST_DTYPE [batch]."""
+        return self.request_fields.view(REQUEST_DTYPE).reshape(-1)
+
+    @property
     def workspace_bytes(self) -> int:
         """Bytes of partial states; the launches, one after the other, share them."""
-        return max((launch.partial_bytes(self.spec) for launch in self.launches), default=0)
+        sizes = [launch.partial_bytes(self.spec) for launch in self.launches if launch.num_merges]
+        return max(sizes, default=0)
 
 
 def build(
@@ -137,40 +150,47 @@ def build(
     requests[:, 3] = lengths.paged_kv_indptr[:-1]
     launches = []
     if lengths.nnz_qo:
-        packed_len = lengths.qo_len * spec.gqa_group_size
+        packed_len = lengths.qo_len * _int32(spec.gqa_group_size)
+        fewest, most = int(packed_len[packed_len.argmin()]), int(packed_len[packed_len.argmax()])
         # Bits may depend on the batch only where the caller has not asked that they don't.
         by_request = fixed_split_size is not None or disable_split_kv
-        long_config = heuristics.kernel_config(
-            device.arch, spec.dtype, spec.head_dim, spec.page_size, "long"
-        )
+        long_config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, "long")
         members = heuristics.choose_shapes(
             packed_len,
             lengths.kv_len,
-            int(np.minimum.reduce(packed_len)),
-            int(np.maximum.reduce(packed_len)),
+            fewest,
+            most,
+            lengths.nnz_qo * spec.gqa_group_size,
             spec.num_kv_heads,
-            heuristics.slots(long_config, device),
+            slots(long_config, device),
+            long_config.carries_short,
             by_request,
         )
         for shape, chosen in members.items():
-            config = heuristics.kernel_config(
-                device.arch, spec.dtype, spec.head_dim, spec.page_size, shape
+            config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, shape)
+            num_slots = slots(config, device)
+            tile_rows = heuristics.tile_rows(
+                config, packed_len, chosen, spec.num_kv_heads, num_slots, by_request
             )
-            tiles, kv_tiles = _query_tiles(spec, lengths, packed_len, chosen, config)
-            slots = heuristics.slots(config, device)
+            one_each = fewest > 0 and most <= tile_rows
+            tiles, kv_tiles = _query_tiles(
+                spec, lengths, packed_len, chosen, one_each, tile_rows, config.cta_tile_kv
+            )
+            order = _longest_first(kv_tiles)
             if fixed_split_size is not None:
                 split_size = min(fixed_split_size * spec.page_size, _MAX_SPLIT)
             elif disable_split_kv:
                 split_size = None
             else:
-                split_size = heuristics.choose_split(kv_tiles, spec.num_kv_heads, slots)
+                split_size = heuristics.choose_split(kv_tiles, order, spec.num_kv_heads, num_slots)
                 split_size = split_size and split_size * config.cta_tile_kv
-            launches.append(_launch(spec, config, tiles, split_size, slots))
+            tiles = tiles.take(order, axis=0)
+            launches.append(_launch(spec, config, tiles, tile_rows, split_size, num_slots))
     return Schedule(
         spec,
         device,
         lengths,
-        requests.view(REQUEST_DTYPE).reshape(-1),
+        requests,
         fixed_split_size,
         disable_split_kv,
         tuple(launches),
@@ -192,89 +212,110 @@ def _query_tiles(
     spec: AttentionSpec,
     lengths: Lengths,
     packed_len: IntArray,
-    chosen: IntArray | None,
-    config: KernelConfig,
+    chosen: npt.NDArray[np.intp] | None,
+    one_each: bool,
+    tile_rows: int,
+    cta_tile_kv: int,
 ) -> tuple[IntArray, IntArray]:
-    """The query tiles of the chosen requests, of all where None, longest first.
+    """The query tiles of the chosen requests, of all where None, request after request.
+
+    `one_each` says that each has one tile.
 
     Returns
     -------
-    fields : int32 [tiles, fields of ITEM_DTYPE]
+    tiles : int32 [tiles, fields of ITEM_DTYPE]
         Each tile as one unsplit item.
     kv_tiles : int32 [tiles]
         Their KV tiles.
     """
-    cta_tile_q = config.cta_tile_q
-    qo_len, kv_len = lengths.qo_len, lengths.kv_len
+    qo_len, extent = lengths.qo_len, lengths.kv_len
     if chosen is not None:
-        packed_len, qo_len, kv_len = packed_len[chosen], qo_len[chosen], kv_len[chosen]
-    counts = (packed_len + (cta_tile_q - 1)) // cta_tile_q
-    ends = counts.cumsum(dtype=np.int32)
-    num_tiles = int(ends[-1])
-    fields = np.zeros((num_tiles, _ITEM_FIELDS), np.int32)
-    fields[:, _NUM_SPLITS] = 1
-    owner = np.arange(len(counts))
-    last_row = packed_len - 1
-    first_sees = kv_len - qo_len + 1  # keys that a request's first query sees under causal
-    if num_tiles > len(counts) or int(np.minimum.reduce(counts)) == 0:
-        owner = owner.repeat(counts)
+        packed_len, qo_len, extent = packed_len[chosen], qo_len[chosen], extent[chosen]
+    batch = len(packed_len)
+    # Each request as the last of its tiles, which sees all of its keys.
+    tiles = np.zeros((batch, _ITEM_FIELDS), np.int32)
+    tiles[:, _REQUEST] = np.arange(batch) if chosen is None else chosen
+    tiles[:, _KV_END] = extent
+    tiles[:, _NUM_SPLITS] = 1
+    if not one_each:
+        counts = _ceil_div(packed_len, tile_rows)
+        ends = np.add.accumulate(counts, out=np.empty_like(counts))
         # A tile's row_begin: its place among all tiles, less where its request began.
-        row_begin = np.arange(0, num_tiles * cta_tile_q, cta_tile_q, dtype=np.int32)
-        row_begin -= ((ends - counts) * cta_tile_q)[owner]
-        fields[:, _ROW_BEGIN] = row_begin
-        last_row = np.minimum(row_begin + (cta_tile_q - 1), last_row[owner])
-        first_sees = first_sees[owner]
-        kv_len = kv_len[owner]
-    fields[:, _REQUEST] = owner if chosen is None else chosen[owner]
-    extent = kv_len
-    if spec.causal:
-        # The tile's last row sees the most keys.
-        extent = np.maximum(last_row // spec.gqa_group_size + first_sees, 0)
-    fields[:, _KV_END] = extent
-    kv_tiles = (extent + (config.cta_tile_kv - 1)) // config.cta_tile_kv
-    order = _longest_first(kv_tiles)
-    return fields.take(order, axis=0), kv_tiles[order]
+        tiles[:, _ROW_BEGIN] = (counts - ends) * _int32(tile_rows)
+        first_sees = extent - qo_len + _int32(1)  # keys that each first query sees under causal
+        tiles = tiles.repeat(counts, axis=0)
+        row_begin = tiles[:, _ROW_BEGIN]
+        row_begin += np.arange(0, len(tiles) * tile_rows, tile_rows, dtype=np.int32)
+        extent = tiles[:, _KV_END]
+        if spec.causal:
+            # The tile's last row, if the request has so many, sees the most keys.
+            seen = row_begin + _int32(tile_rows - 1)
+            seen //= _int32(spec.gqa_group_size)
+            seen += first_sees.repeat(counts)
+            np.minimum(seen, extent, out=seen)
+            np.maximum(seen, _int32(0), out=seen)
+            extent[:] = seen
+            extent = seen
+    return tiles, _ceil_div(extent, cta_tile_kv)
 
 
 def _launch(
     spec: AttentionSpec,
     config: KernelConfig,
     tiles: IntArray,
+    tile_rows: int,
     split_size: int | None,
-    slots: int,
+    num_slots: int,
 ) -> Launch:
-    """Items of query tiles, each cut into splits of `split_size` keys, longest first."""
+    """Items of query tiles, longest first, each cut into splits of `split_size` keys.
+
+    Writes into `tiles`, and may keep them.
+    """
     num_partials = num_merges = 0
-    fields = tiles
-    kv_extent = tiles[:, _KV_END]
-    if split_size is not None and int(np.maximum.reduce(kv_extent)) > split_size:
+    items = tiles
+    extent = tiles[:, _KV_END]
+    if split_size is not None and extent[extent.argmax()] > split_size:
         # A tile without keys still has one split, which writes its zeros.
-        num_splits = np.maximum(-(-kv_extent // split_size), 1)
-        ends = num_splits.cumsum()
-        owner = np.arange(len(num_splits)).repeat(num_splits)
-        split = np.arange(len(owner)) - (ends - num_splits)[owner]
-        is_split = num_splits > 1
-        partials = np.where(is_split, num_splits, 0)
-        merges = is_split.cumsum()
-        num_partials, num_merges = int(partials.sum()), int(merges[-1])
-        fields = tiles.take(owner, axis=0)
-        fields[:, _KV_BEGIN] = split * split_size
-        fields[:, _KV_END] = np.minimum(fields[:, _KV_BEGIN] + split_size, kv_extent[owner])
-        fields[:, _SPLIT] = split
-        fields[:, _NUM_SPLITS] = num_splits[owner]
-        fields[:, _FIRST_PARTIAL] = (partials.cumsum() - partials)[owner]
-        fields[:, _MERGE] = (merges - is_split)[owner]
-        kv_tiles = -(-(fields[:, _KV_END] - fields[:, _KV_BEGIN]) // config.cta_tile_kv)
-        fields = fields.take(_longest_first(kv_tiles), axis=0)
-    items = fields.view(ITEM_DTYPE).reshape(-1)
-    grid = min(slots, len(items) * spec.num_kv_heads)
-    return Launch(config, items, grid, num_partials, num_merges)
+        num_splits = np.maximum(_ceil_div(extent, split_size), _int32(1))
+        ends = np.add.accumulate(num_splits, out=np.empty_like(num_splits))
+        begins = ends - num_splits
+        stays = num_splits == _int32(1)
+        whole = np.add.accumulate(stays, dtype=np.int32)
+        num_merges = len(tiles) - int(whole[-1])
+        num_partials = int(ends[-1]) - int(whole[-1])
+        whole -= stays  # now those before each tile
+        tiles[:, _NUM_SPLITS] = num_splits
+        # Of tiles that stay whole, these two say nothing.
+        tiles[:, _FIRST_PARTIAL] = begins - whole
+        tiles[:, _MERGE] = np.arange(len(tiles)) - whole
+        tiles[:, _SPLIT] = -begins
+        items = tiles.repeat(num_splits, axis=0)
+        split, kv_end = items[:, _SPLIT], items[:, _KV_END]
+        split += np.arange(len(items), dtype=np.int32)
+        kv_begin = split * _int32(split_size)
+        items[:, _KV_BEGIN] = kv_begin
+        np.minimum(kv_begin + _int32(split_size), kv_end, out=kv_end)
+        kv_tiles = _ceil_div(kv_end - kv_begin, config.cta_tile_kv)
+        items = items.take(_longest_first(kv_tiles), axis=0)
+    grid = min(num_slots, len(items) * spec.num_kv_heads)
+    return Launch(config, items, tile_rows, grid, num_partials, num_merges)
 
 
 def _longest_first(kv_tiles: IntArray) -> npt.NDArray[np.intp]:
     """The order by descending KV tiles, equal ones as they come."""
     descending = ~kv_tiles
-    if int(np.maximum.reduce(kv_tiles)) <= _UINT16_MAX:
+    if kv_tiles[kv_tiles.argmax()] <= _UINT16_MAX:
         # NumPy sorts 16-bit integers by radix, several times as fast as wider ones.
         return descending.astype(np.uint16).argsort(kind="stable")
     return descending.argsort(kind="stable")
+
+
+def _ceil_div(dividends: IntArray, divisor: int) -> IntArray:
+    """Quotients, rounded up, of numbers that are at least 0."""
+    return (dividends + _int32(divisor - 1)) // _int32(divisor)
+
+
+@lru_cache(maxsize=256)
+def _int32(value: int) -> IntArray:
+    """An operand for NumPy, for which converting an int takes as long as adding small arrays."""
+    return np.array(value, np.int32)

@@ -50,11 +50,15 @@ def prologue(config: KernelConfig) -> str:
         "NUM_THREADS": config.num_threads,
         "MMA_Q": config.cta_tile_q // (16 * config.warps_q),
         "NUM_STAGES": config.num_stages,
+        "NUM_Q_STAGES": config.num_q_stages,
+        "SHARED_BYTES": config.shared_bytes,
         "CTAS_PER_SM": config.ctas_per_sm,
     }
-    lines = [f"#define CUPAGED_BFLOAT16 {int(config.dtype == 'bfloat16')}"]
-    lines += [f"constexpr int {name} = {value};" for name, value in constants.items()]
-    lines.append(f"constexpr bool PAGE_ALIGNED = {str(config.page_aligned).lower()};")
+    flags = {"BFLOAT16": config.dtype == "bfloat16", "PAGE_ALIGNED": config.page_aligned}
+    lines = [f"#define CUPAGED_{name} {int(value)}" for name, value in flags.items()]
+    lines += [
+        f"[[maybe_unused]] constexpr int {name} = {value};" for name, value in constants.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

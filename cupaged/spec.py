@@ -91,6 +91,12 @@ class AttentionSpec:
         return self.num_qo_heads // self.num_kv_heads
 
 
+#: family of kernels → warps of a block that bring data and compute nothing
+_PRODUCER_WARPS = {"prefill_sm80": 0, "prefill_sm90": 4}
+#: family of kernels → bytes of dynamic shared memory beside the tiles
+_CONTROL_BYTES = {"prefill_sm80": 0, "prefill_sm90": 512}
+
+
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
     """One kernel as it is compiled: everything that is a constant in its source.
@@ -105,14 +111,18 @@ class KernelConfig:
     cta_tile_q, cta_tile_kv : int
         Packed query rows and keys that a thread block holds at a time.
     warps_q, warps_kv : int
-        How its warps divide the tile: over rows, or over keys (then their states are merged).
+        How the warps that compute divide the tile: over rows, or over keys (then their states are
+        merged).
     num_stages : int
-        KV tiles in shared memory, one of them being worked on.
+        Tiles of both K and V in shared memory, one of them being worked on; in the sm_90 family,
+        where K and V share a ring, tiles of either.
+    num_q_stages : int
+        Q tiles in shared memory, one of them being worked on.
     ctas_per_sm : int
         Thread blocks that share an SM; bounds the registers.
     page_aligned : bool
-        The page size is a multiple of `rows_per_warp`, so that a warp's share of a KV tile lies
-        within one page, and one look into the page table serves it.
+        The page size is a multiple of `page_unit`, so that one look into the page table serves
+        several keys.
     """
 
     family: str
@@ -123,29 +133,54 @@ class KernelConfig:
     warps_q: int
     warps_kv: int
     num_stages: int
+    num_q_stages: int
     ctas_per_sm: int
     page_aligned: bool
 
     @property
-    def num_threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps_q * self.warps_kv
+    def producer_warps(self) -> int:
+        """Warps of a block that bring data and compute nothing."""
+        return _PRODUCER_WARPS[self.family]
 
     @property
-    def rows_per_warp(self) -> int:
-        """Rows of a KV tile that a warp copies: neighbouring keys."""
+    def num_threads(self) -> int:
+        """Threads of a block."""
+        return 32 * (self.warps_q * self.warps_kv + self.producer_warps)
+
+    @property
+    def page_unit(self) -> int:
+        """Neighbouring keys that are copied together where they lie in one page."""
+        if self.producer_warps:
+            return 8  # rows of a group, see wgmma.cuh
         return self.cta_tile_kv // (self.warps_q * self.warps_kv)
 
     @property
+    def carries_short(self) -> bool:
+        """Whether few rows of a tile cost no more than the reading of K and V."""
+        return _PRODUCER_WARPS[self.family] > 0
+
+    @property
+    def splits_merged_by(self) -> int:
+        """Parts of a query tile whose splits are counted and merged each on its own."""
+        return self.warps_q // 4 if self.producer_warps else 1
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of such a part: a block may have an item of just one."""
+        return self.cta_tile_q // self.splits_merged_by
+
+    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block: the Q tile, then the K and V stages."""
+        """Dynamic shared memory of a block: the Q stages, the K and V stages, and barriers."""
         row_bytes = self.head_dim * DTYPES[self.dtype].itemsize
-        return (self.cta_tile_q + 2 * self.num_stages * self.cta_tile_kv) * row_bytes
+        kv_tiles = self.num_stages * (1 if self.producer_warps else 2)
+        rows = self.num_q_stages * self.cta_tile_q + kv_tiles * self.cta_tile_kv
+        return rows * row_bytes + _CONTROL_BYTES[self.family]
 
     @property
     def name(self) -> str:
         """A readable name, unique among configurations."""
-        pages = f"page{self.rows_per_warp}n" if self.page_aligned else "pageany"
+        pages = f"page{self.page_unit}n" if self.page_aligned else "pageany"
         return (
             f"{self.family}_{self.dtype}_d{self.head_dim}_q{self.cta_tile_q}"
             f"_kv{self.cta_tile_kv}_w{self.warps_q}x{self.warps_kv}_s{self.num_stages}_{pages}"
@@ -200,7 +235,14 @@ PARAMS_DTYPE = np.dtype(
     ]
     + [
         (number, np.int32)
-        for number in ("num_items", "num_kv_heads", "gqa_group_size", "page_size", "causal")
+        for number in (
+            "num_items",
+            "tile_rows",
+            "num_kv_heads",
+            "gqa_group_size",
+            "page_size",
+            "causal",
+        )
     ]
     + [
         (divisor, np.uint32)

@@ -126,6 +126,19 @@ def order_after(x: Any, beside: Any, device: int) -> None:
         cuda.runtime.streamWaitEvent(consumer, event.ptr)
 
 
+def on_stream_of(x: Any, device: int | None) -> tuple[AbstractContextManager[None], int]:
+    """What makes `caller_stream(x, device)` the current stream, and that stream."""
+    if device is None:
+        return _ALREADY_CURRENT, 0
+    if framework(x) == "cupy":
+        cuda = cupy().cuda
+        if cuda.runtime.getDevice() == device:
+            # It is the one that is current.
+            return _ALREADY_CURRENT, cuda.get_current_stream(device).ptr
+    stream = caller_stream(x, device)
+    return on(device, stream), stream
+
+
 @contextmanager
 def _made_current(device: int, stream: int) -> Iterator[None]:
     cuda = cupy().cuda

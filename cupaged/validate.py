@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,30 @@ def attention_spec(
 
     `dtypes` names those of q, of K and V, and of the output.
     """
+    if sm_scale is not None:
+        sm_scale = scale(sm_scale, "sm_scale")
+    arguments = (
+        *(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, causal),
+        *(sm_scale, dtypes, kv_layout),
+    )
+    try:
+        return _known_spec(*arguments)
+    except TypeError:
+        pass  # a wrong type; where it can't be hashed, that is yet to be said
+    return _attention_spec(*arguments)
+
+
+def _attention_spec(
+    num_qo_heads: object,
+    num_kv_heads: object,
+    head_dim_qk: object,
+    head_dim_vo: object,
+    page_size: object,
+    causal: object,
+    sm_scale: float | None,
+    dtypes: tuple[str, str, str],
+    kv_layout: KVLayout,
+) -> AttentionSpec:
     qo_heads = positive_int(num_qo_heads, "num_qo_heads")
     kv_heads = positive_int(num_kv_heads, "num_kv_heads")
     head_dim = positive_int(head_dim_qk, "head_dim_qk")
@@ -142,10 +167,14 @@ def attention_spec(
         head_dim=head_dim,
         page_size=positive_int(page_size, "page_size"),
         causal=flag(causal, "causal"),
-        sm_scale=1 / math.sqrt(head_dim) if sm_scale is None else scale(sm_scale, "sm_scale"),
+        sm_scale=1 / math.sqrt(head_dim) if sm_scale is None else sm_scale,
         dtype=q_dtype,
         kv_layout=kv_layout,
     )
+
+
+# The same few calls are planned again and again. An int is not taken for a bool that equals it.
+_known_spec = lru_cache(maxsize=64, typed=True)(_attention_spec)
 
 
 def pos_encoding_mode(value: object) -> None:
@@ -157,54 +186,29 @@ def pos_encoding_mode(value: object) -> None:
         )
 
 
-def _indptr(indptr: HostIndex, name: str) -> None:
-    """Find what is wrong with an indptr array, if anything is."""
+def _indptr(indptr: HostIndex, name: str) -> tuple[IntArray, IntArray]:
+    """Check an indptr array; a copy of its values, and their differences."""
     if indptr.ndim != 1 or len(indptr) == 0:
         raise ValueError(f"{name} has shape {indptr.shape}, expected (batch + 1,)")
+    values = indptr.copy()
+    counts = values[1:] - values[:-1]
+    # Where 0 comes first and is the lowest, no difference has wrapped around.
+    rising = len(counts) == 0 or (values.argmin() == 0 and counts[counts.argmin()] >= 0)
+    if values[0] != 0 or not rising:
+        _indptr_error(indptr, name)
+    if values[-1] > _INT32_MAX:
+        raise ValueError(f"{name}[{len(counts)}] = {values[-1]}, expected at most {_INT32_MAX}")
+    return values.astype(np.int32, copy=False), counts.astype(np.int32, copy=False)
+
+
+def _indptr_error(indptr: HostIndex, name: str) -> None:
     if indptr[0] != 0:
         raise ValueError(f"{name}[0] = {indptr[0]}, expected 0")
-    decreasing = indptr[1:] < indptr[:-1]
-    if decreasing.any():
-        r = int(decreasing.argmax())
-        raise ValueError(
-            f"{name}[{r + 1}] = {indptr[r + 1]} (end of request {r}), "
-            f"expected at least {indptr[r]} = {name}[{r}]"
-        )
-    if indptr[-1] > _INT32_MAX:
-        raise ValueError(f"{name}[{len(indptr) - 1}] = {indptr[-1]}, expected at most {_INT32_MAX}")
-
-
-def _both_indptr(
-    qo_indptr: HostIndex, paged_kv_indptr: HostIndex
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Check the indptr arrays; their values [2, batch + 1] and differences [2, batch]."""
-    shape = qo_indptr.shape
-    if (
-        qo_indptr.dtype == paged_kv_indptr.dtype == np.int32
-        and len(shape) == 1
-        and shape == paged_kv_indptr.shape
-        and shape[0] > 0
-    ):
-        values = np.empty((2, shape[0]), np.int32)
-        values[0] = qo_indptr
-        values[1] = paged_kv_indptr
-        counts = values[:, 1:] - values[:, :-1]
-        # Without negative values no difference has wrapped around.
-        if (
-            values[0, 0] == values[1, 0] == 0
-            and np.minimum.reduce(values, axis=None) == 0
-            and np.minimum.reduce(counts, axis=None, initial=0) == 0
-        ):
-            return values, counts
-    _indptr(qo_indptr, "qo_indptr")
-    _indptr(paged_kv_indptr, "paged_kv_indptr")
-    if len(qo_indptr) != len(paged_kv_indptr):
-        raise ValueError(
-            f"paged_kv_indptr has {_entries(len(paged_kv_indptr))}, expected {len(qo_indptr)} = "
-            f"batch + 1: qo_indptr has {_entries(len(qo_indptr))}"
-        )
-    values = np.stack((qo_indptr, paged_kv_indptr)).astype(np.int32)
-    return values, np.diff(values)
+    r = int((indptr[1:] < indptr[:-1]).argmax())
+    raise ValueError(
+        f"{name}[{r + 1}] = {indptr[r + 1]} (end of request {r}), "
+        f"expected at least {indptr[r]} = {name}[{r}]"
+    )
 
 
 def lengths(
@@ -226,7 +230,13 @@ def lengths(
         Names the array, the request, what was expected and what came.
     """
     page_size = spec.page_size
-    (qo, kv), (qo_len, pages) = _both_indptr(qo_indptr, paged_kv_indptr)
+    qo, qo_len = _indptr(qo_indptr, "qo_indptr")
+    kv, pages = _indptr(paged_kv_indptr, "paged_kv_indptr")
+    if len(qo) != len(kv):
+        raise ValueError(
+            f"paged_kv_indptr has {_entries(len(kv))}, expected {len(qo)} = batch + 1: "
+            f"qo_indptr has {_entries(len(qo))}"
+        )
     batch = len(qo_len)
     last = paged_kv_last_page_len
     if last.shape != (batch,):
@@ -241,7 +251,7 @@ def lengths(
             f"qo_indptr[{batch}] = {qo[-1]} query rows of {spec.num_qo_heads} heads, "
             f"expected at most {_MAX_ROWS} rows times heads in a call"
         )
-    if np.minimum.reduce(last) < 1 or np.maximum.reduce(last) > page_size:
+    if last[last.argmin()] < 1 or last[last.argmax()] > page_size:
         # A request without pages may say 0; its length is ignored.
         lowest = pages > 0
         wrong = (last < lowest) | (last > page_size)
@@ -258,10 +268,10 @@ def lengths(
                 f"paged_kv_indptr: request {r} has {pages[r]} pages of {page_size} tokens, "
                 f"expected at most {_MAX_KEYS} tokens"
             )
-    kv_len = (pages - 1) * page_size + last.astype(np.int32)
-    if np.minimum.reduce(pages) == 0:
-        kv_len[pages == 0] = 0
-    return Lengths(qo, kv, qo_len, kv_len)
+    kv_len = (pages - 1) * page_size
+    kv_len += last
+    # Without pages that makes no more than 0.
+    return Lengths(qo, kv, qo_len, np.maximum(kv_len, 0, out=kv_len))
 
 
 def page_indices(indices: HostIndex, lengths: Lengths) -> tuple[IntArray, int]:
@@ -286,7 +296,8 @@ def page_indices(indices: HostIndex, lengths: Lengths) -> tuple[IntArray, int]:
         return np.empty(0, np.int32), -1
     indices = indices[:needed]
     # As unsigned numbers, negative ones are the highest of all.
-    highest = int(np.maximum.reduce(indices.view(_UNSIGNED[indices.dtype])))
+    unsigned = indices.view(_UNSIGNED[indices.dtype])
+    highest = int(unsigned[unsigned.argmax()])
     if highest > _INT32_MAX:
         if np.minimum.reduce(indices) < 0:
             i = int((indices < 0).argmax())
@@ -312,12 +323,12 @@ def warn_of_mistakes(
     """Warn of input that is legal and almost surely not meant."""
     if spec.causal:
         short = lengths.qo_len > lengths.kv_len
-        if np.logical_or.reduce(short):
+        count = int(np.count_nonzero(short))
+        if count:
             r = int(short.argmax())
             qo_len, kv_len = int(lengths.qo_len[r]), int(lengths.kv_len[r])
-            others = int(np.count_nonzero(short)) - 1
             warnings.warn(
-                f"request {r} has {qo_len} queries and {kv_len} keys{_and_others(others)}: with "
+                f"request {r} has {qo_len} queries and {kv_len} keys{_and_others(count - 1)}: with "
                 f"causal=True its first {qo_len - kv_len} rows see no key, and will be 0. Were the "
                 "new keys and values appended to the cache, and counted in paged_kv_indptr and "
                 "paged_kv_last_page_len?",

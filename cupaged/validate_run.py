@@ -25,24 +25,21 @@ def _shape_words(spec: AttentionSpec, stacked: bool) -> str:
 
 def _check_pages(shape: tuple[int, ...], spec: AttentionSpec, name: str, stacked: bool) -> None:
     """Check the shape of K's, V's or the stacked pages."""
-    first = 2 if stacked else 1
-    inner = (spec.page_size, spec.num_kv_heads)
-    nhd = (*inner, spec.head_dim)
-    hnd = (*inner[::-1], spec.head_dim)
-    expected, other = (nhd, hnd) if spec.kv_layout == "NHD" else (hnd, nhd)
-    found = shape[first:]
-    if found == expected and (not stacked or shape[1] == 2):
+    tokens, heads = spec.page_size, spec.num_kv_heads
+    expected = (tokens, heads) if spec.kv_layout == "NHD" else (heads, tokens)
+    found = shape[2 if stacked else 1 :]
+    if found == (*expected, spec.head_dim) and (not stacked or shape[1] == 2):
         return
     words = (
         f"{name} has shape {shape}; kv_layout={spec.kv_layout!r} expects "
         f"{_shape_words(spec, stacked)}"
     )
-    if found == other and (not stacked or shape[1] == 2):
+    if found == (*expected[::-1], spec.head_dim) and (not stacked or shape[1] == 2):
         words += f". It fits kv_layout={'HND' if spec.kv_layout == 'NHD' else 'NHD'!r}"
     raise ValueError(words)
 
 
-def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any]:
+def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
     """Check a cache, imported.
 
     Parameters
@@ -53,31 +50,33 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any]:
 
     Returns
     -------
-    k, v : [num_pages, page_size, num_kv_heads, head_dim]
-        Views, whatever the layout.
+    k, v : array
+        In the plan's layout.
+    num_pages : int
     """
     if isinstance(paged_kv_cache, tuple):
         k, v = paged_kv_cache
-        _check_pages(k.shape, spec, "k cache", stacked=False)
-        _check_pages(v.shape, spec, "v cache", stacked=False)
-        if k.shape[0] != v.shape[0]:
+        shape, v_shape = k.shape, v.shape
+        _check_pages(shape, spec, "k cache", stacked=False)
+        if v_shape != shape:
+            _check_pages(v_shape, spec, "v cache", stacked=False)
             raise ValueError(
-                f"v cache holds {v.shape[0]} pages, expected {k.shape[0]} as the k cache does"
+                f"v cache holds {v_shape[0]} pages, expected {shape[0]} as the k cache does"
             )
     else:
-        _check_pages(paged_kv_cache.shape, spec, "paged_kv_cache", stacked=True)
+        shape = paged_kv_cache.shape
+        _check_pages(shape, spec, "paged_kv_cache", stacked=True)
         k, v = paged_kv_cache[:, 0], paged_kv_cache[:, 1]
-    for name, array in (("k cache", k), ("v cache", v)):
-        _check_dtype(array, spec, name, "kv_data_type")
-        _check_last_axis(array, name)
-    if spec.kv_layout == "HND":
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    return k, v
+    _check_elements(k, spec, "k cache", "kv_data_type")
+    _check_elements(v, spec, "v cache", "kv_data_type")
+    return k, v, shape[0]
 
 
-def _check_dtype(array: Any, spec: AttentionSpec, name: str, argument: str) -> None:
+def _check_elements(array: Any, spec: AttentionSpec, name: str, argument: str) -> None:
+    """Check the dtype of an array, and that its elements lie one behind the other."""
     if array.dtype != DTYPES[spec.dtype]:
         raise TypeError(f"{name} is {_dtype_words(array)}, expected {argument} = {spec.dtype}")
+    _check_last_axis(array, name)
 
 
 def _dtype_words(array: Any) -> str:
@@ -85,24 +84,25 @@ def _dtype_words(array: Any) -> str:
 
 
 def _check_last_axis(array: Any, name: str) -> None:
-    if array.strides[-1] != array.itemsize and array.size:
+    stride, itemsize = array.strides[-1], array.dtype.itemsize
+    if stride != itemsize and array.size:
         raise ValueError(
-            f"{name} has a stride of {array.strides[-1] // array.itemsize} elements on its last "
+            f"{name} has a stride of {stride // itemsize} elements on its last "
             "axis, expected 1: head_dim must be contiguous"
         )
 
 
 def query(q: Any, spec: AttentionSpec, nnz_qo: int) -> None:
     """Check q against the plan."""
-    if q.ndim != 3 or q.shape[1:] != (spec.num_qo_heads, spec.head_dim):
+    shape = q.shape
+    if len(shape) != 3 or shape[1:] != (spec.num_qo_heads, spec.head_dim):
         raise ValueError(
-            f"q has shape {q.shape}, expected (nnz_qo, num_qo_heads={spec.num_qo_heads}, "
+            f"q has shape {shape}, expected (nnz_qo, num_qo_heads={spec.num_qo_heads}, "
             f"head_dim_qk={spec.head_dim})"
         )
-    if q.shape[0] != nnz_qo:
-        raise ValueError(f"q has {q.shape[0]} rows, expected {nnz_qo} = qo_indptr[-1]")
-    _check_dtype(q, spec, "q", "q_data_type")
-    _check_last_axis(q, "q")
+    if shape[0] != nnz_qo:
+        raise ValueError(f"q has {shape[0]} rows, expected {nnz_qo} = qo_indptr[-1]")
+    _check_elements(q, spec, "q", "q_data_type")
 
 
 def given(

@@ -1,7 +1,7 @@
 // Brings tiles of K and V from their pages into shared memory.
 //
 // A warp copies ROWS_PER_WARP consecutive keys of each tile, all tiles. Where the page size is a
-// multiple of that (PAGE_ALIGNED), those keys lie in one page, and one look into the page table
+// multiple of that (CUPAGED_PAGE_ALIGNED), those keys lie in one page, and one look into the page table
 // gives the address of them all; otherwise each lane looks up one key, and the lanes exchange what
 // they found. Either way the page table is read one tile ahead of the copies that need it.
 #pragma once
@@ -36,7 +36,7 @@ struct KvLoader {
     // Finds the page of the key that this lane looks up for the tile that begins at key `begin`.
     // Keys beyond the end have no page; page 0 exists, and nothing is read from it for them.
     __device__ __forceinline__ void look_up(int begin, int lane) {
-        const int key = begin + warp_row + (PAGE_ALIGNED ? 0 : lane % ROWS_PER_WARP);
+        const int key = begin + warp_row + (CUPAGED_PAGE_ALIGNED ? 0 : lane % ROWS_PER_WARP);
         page = in_page = 0;
         if (key < kv_end) {
             const int index = divide(key, p.page_magic, p.page_shift);
@@ -61,14 +61,14 @@ struct KvLoader {
         for (int pass = 0; pass < PASSES_PER_TILE; ++pass) {
             const int row = pass * ROWS_PER_PASS + lane_row;
             const int bytes = begin + warp_row + row < kv_end ? 16 : 0;
-            if (!PAGE_ALIGNED) {
+            if (!CUPAGED_PAGE_ALIGNED) {
                 k_row = k + __shfl_sync(~0u, k_offset, row);
                 v_row = v + __shfl_sync(~0u, v_offset, row);
             }
             const u32 row_target = copy_pass(target + stage, pass);
             cp_async_16(row_target, k_row, bytes);
             cp_async_16(row_target + CTA_TILE_KV * ROW_BYTES, v_row, bytes);
-            if (PAGE_ALIGNED) {
+            if (CUPAGED_PAGE_ALIGNED) {
                 k_row += ROWS_PER_PASS * p.k_stride_token;
                 v_row += ROWS_PER_PASS * p.v_stride_token;
             }

@@ -6,15 +6,15 @@
 // Where the rows of an item's query tile lie in q, out and lse.
 struct RowMap {
     const Params& p;
-    int packed_begin, packed_len;  // first packed row of the tile; packed rows of the request
+    int packed_begin, packed_end;  // packed rows of the request that are the item's
     int qo_begin, first_head;      // first row of the request; first query head of the group
 
     __device__ __forceinline__ RowMap(const Params& p, const Work& work)
         : p(p), packed_begin(work.item.row_begin),
-          packed_len(work.request.qo_len * p.gqa_group_size), qo_begin(work.request.qo_begin),
+          packed_end(min(work.request.qo_len * p.gqa_group_size, packed_begin + p.tile_rows)), qo_begin(work.request.qo_begin),
           first_head(work.kv_head * p.gqa_group_size) {}
 
-    __device__ __forceinline__ bool valid(int row) const { return packed_begin + row < packed_len; }
+    __device__ __forceinline__ bool valid(int row) const { return packed_begin + row < packed_end; }
 
     // Query of a tile's row, counted from the request's first.
     __device__ __forceinline__ int query(int row) const {
@@ -34,16 +34,17 @@ struct RowMap {
     }
 };
 
-// Merges `count` states of the tile's rows: outputs [CTA_TILE_Q, HEAD_DIM], normalised, and
+// Merges `count` states of ROWS rows of the tile, from first_row on: outputs [CTA_TILE_Q, HEAD_DIM], normalised, and
 // their log-sum-exps [CTA_TILE_Q], base 2, each state `out_stride` and `lse_stride` floats after
-// the one before. Every thread takes eight neighbouring columns of a row, and hands what it gets
-// to sink(row, column, float (&values)[8], lse). States are added in their order, so the bits do
+// the one before. Each of THREADS threads takes eight neighbouring columns of a row, and hands what
+// it gets to sink(row, column, float (&values)[8], lse). States are added in their order, so the bits do
 // not depend on which of them ended first. A state with an lse of -inf weighs nothing.
-template <typename Sink>
-__device__ __forceinline__ void merge_states(const float* out, const float* lse, i64 out_stride,
-                                             i64 lse_stride, int count, Sink sink) {
-    for (int i = threadIdx.x; i < CTA_TILE_Q * ROW_CHUNKS; i += NUM_THREADS) {
-        const int row = i / ROW_CHUNKS;
+template <int ROWS, int THREADS, typename Sink>
+__device__ __forceinline__ void merge_states(int first_row, int thread, const float* out,
+                                             const float* lse, i64 out_stride, i64 lse_stride,
+                                             int count, Sink sink) {
+    for (int i = thread; i < ROWS * ROW_CHUNKS; i += THREADS) {
+        const int row = first_row + i / ROW_CHUNKS;
         const int column = i % ROW_CHUNKS * 8;
         float top = NEG_INF;
         for (int s = 0; s < count; ++s) top = fmaxf(top, lse[s * lse_stride + row]);
@@ -109,3 +110,33 @@ struct WritePartial {
         if (column == 0) state.lse[row] = lse;
     }
 };
+
+// Whether a split is the last of its tile to end, by which time all its partial states are there:
+// the one that is merges them, so that no second launch has to wait for the slowest. `sync` is a
+// barrier of the threads that call; one of them is the leader, `flag` is in shared memory.
+template <typename Sync>
+__device__ __forceinline__ bool is_last_split(int* counter, int num_splits, bool leader, int* flag,
+                                              Sync sync) {
+    __threadfence();  // this thread's part of the state is visible before the counter says so
+    sync();           // ... and so is every thread's
+    if (leader) {
+        *flag = atomicAdd(counter, 1) == num_splits - 1;
+        if (*flag) *counter = 0;  // for the next launch; nobody else counts here any more
+    }
+    sync();  // all know whether they are last
+    const bool last = *flag;
+    if (last) __threadfence();  // what the counter has counted is visible from here on
+    return last;
+}
+
+// Merges all splits of ROWS rows of a tile, from first_row on, into the result.
+template <int ROWS, int THREADS>
+__device__ __forceinline__ void merge_partials(const Params& p, const Work& work, int first_row,
+                                               int thread) {
+    const RowMap rows(p, work);
+    const PartialState first(p, work.item.first_partial, work.kv_head);
+    const i64 heads = p.num_kv_heads;
+    merge_states<ROWS, THREADS>(first_row, thread, first.out, first.lse,
+                                heads * CTA_TILE_Q * HEAD_DIM, heads * CTA_TILE_Q,
+                                work.item.num_splits, WriteResult{rows});
+}

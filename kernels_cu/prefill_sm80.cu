@@ -8,6 +8,7 @@
 
 #include "kv_loader.cuh"
 #include "merge.cuh"
+#include "results.cuh"
 #include "softmax.cuh"
 
 constexpr int WARP_KV = CTA_TILE_KV / WARPS_KV;  // keys of a tile that a warp works on
@@ -21,9 +22,8 @@ static_assert(WARPS_KV * CTA_TILE_Q * (HEAD_DIM + 1) * 4 <= NUM_STAGES * STAGE_B
                   WARPS_KV == 1,
               "the warps' states are merged where the stages were");
 
-// [MMA_Q 16-row blocks][blocks of 8 columns][a lane's four elements], as mma_m16n8k16 has them.
+// [MMA_Q 16-row blocks][blocks of 8 keys][a lane's four elements], as mma_m16n8k16 has them.
 using Logits = float[MMA_Q][WARP_KV / 8][4];
-using Output = float[MMA_Q][HEAD_DIM / 8][4];
 
 // Copies the rows of q that the item's tile packs to shared memory; rows past the end are zeros.
 __device__ __forceinline__ void load_q(const RowMap& rows, u32 q_tile, int warp, int lane) {
@@ -91,53 +91,6 @@ __device__ __forceinline__ void multiply_pv(Output& o, const Logits& weights, u3
     }
 }
 
-// Writes a warp's rows of the result, by way of its rows of the Q tile, which no other warp reads:
-// fragments go in by 4 bytes, rows come out by 16.
-__device__ __forceinline__ void write_rows(const RowMap& rows, const Output& o,
-                                           const SoftmaxState& state, char* q_tile, int first_row,
-                                           int lane) {
-    const Params& p = rows.p;
-    __syncwarp();  // every lane has read its last of Q, which is overwritten now
-#pragma unroll
-    for (int i = 0; i < MMA_Q; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = first_row + i * 16 + h * 8 + lane / 4;
-#pragma unroll
-            for (int d = 0; d < HEAD_DIM / 8; ++d)
-                *reinterpret_cast<Pair*>(q_tile + tile_offset(row, d) + lane % 4 * 4) =
-                    pack_pair(o[i][d][2 * h] * p.v_scale, o[i][d][2 * h + 1] * p.v_scale);
-            if (lane % 4 == 0 && rows.valid(row)) rows.write_lse(row, state.max[i][h]);
-        }
-    __syncwarp();  // the warp's rows are whole
-#pragma unroll 4
-    for (int pass = 0; pass < MMA_Q * 16 / ROWS_PER_PASS; ++pass) {
-        const int row = first_row + pass * ROWS_PER_PASS + lane / ROW_CHUNKS;
-        const int chunk = lane % ROW_CHUNKS;
-        if (rows.valid(row))
-            *reinterpret_cast<Chunk*>(p.out + rows.offset(row, p.out_stride_row, p.out_stride_head) +
-                                      chunk * 8) =
-                *reinterpret_cast<const Chunk*>(q_tile + tile_offset(row, chunk));
-    }
-}
-
-// Writes a warp's rows as a state of their own: out [rows, HEAD_DIM] and lse [rows], at row 0 of
-// the block's tile.
-__device__ __forceinline__ void write_state(float* out, float* lse, const Output& o,
-                                            const SoftmaxState& state, int first_row, int lane) {
-#pragma unroll
-    for (int i = 0; i < MMA_Q; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = first_row + i * 16 + h * 8 + lane / 4;
-#pragma unroll
-            for (int d = 0; d < HEAD_DIM / 8; ++d)
-                *reinterpret_cast<Float2*>(out + row * HEAD_DIM + d * 8 + lane % 4 * 2) = {
-                    o[i][d][2 * h], o[i][d][2 * h + 1]};
-            if (lane % 4 == 0) lse[row] = state.max[i][h];
-        }
-}
-
 // The item's loop over its keys, for one KV head: what each warp has of the output and softmax.
 __device__ __forceinline__ void attend(const Params& p, const Work& work, char* shared,
                                        Output& o, SoftmaxState& state) {
@@ -196,10 +149,12 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
         multiply_qk(s, q_fragment, k);
         if (p.negate_logits) negate(s);
         if (!all_visible) visible.mask(s, rows, first_row, first_key, lane);
-        state.update(s, o, p.logit_scale);
+        float factor[MMA_Q][2];
+        if (state.raise(s, p.logit_scale, factor)) rescale(o, factor);
+        state.weigh(s, p.logit_scale);
         multiply_pv(o, s, v);
     }
-    state.finish(o, p.logit_scale);
+    state.finish(o, p.logit_scale, 1.0f);
 }
 
 // Writes what attend() found: the result, or the split's partial state.
@@ -218,36 +173,24 @@ __device__ __forceinline__ void store(const Params& p, const Work& work, char* s
         write_state(states + warp * STATE_FLOATS, lses + warp * CTA_TILE_Q, o, state, 0, lane);
         __syncthreads();  // all states are there
         if (item.num_splits == 1)
-            merge_states(states, lses, STATE_FLOATS, CTA_TILE_Q, WARPS_KV, WriteResult{rows});
+            merge_states<CTA_TILE_Q, NUM_THREADS>(0, threadIdx.x, states, lses, STATE_FLOATS,
+                                                  CTA_TILE_Q, WARPS_KV, WriteResult{rows});
         else
-            merge_states(states, lses, STATE_FLOATS, CTA_TILE_Q, WARPS_KV, WritePartial{partial});
+            merge_states<CTA_TILE_Q, NUM_THREADS>(0, threadIdx.x, states, lses, STATE_FLOATS,
+                                                  CTA_TILE_Q, WARPS_KV, WritePartial{partial});
     } else if (item.num_splits == 1) {
-        write_rows(rows, o, state, shared, warp * MMA_Q * 16, lane);
+        __syncwarp();  // every lane has read its last of the warp's rows of Q
+        write_rows(rows, o, state, p.v_scale, shared, warp * MMA_Q * 16, lane);
     } else {
         write_state(partial.out, partial.lse, o, state, warp * MMA_Q * 16, lane);
     }
 }
 
-// Counts a split as done. The one that ends last merges them all, so that no second launch has to
-// wait for the slowest.
-__device__ __forceinline__ void merge_splits(const Params& p, const Work& work,
-                                             int* is_last_split) {
-    const Item& item = work.item;
-    __threadfence();  // this thread's part of the state is visible before the counter says so
-    __syncthreads();  // ... and so is every thread's
-    if (threadIdx.x == 0) {
-        int* counter = p.merge_counters + static_cast<i64>(item.merge) * p.num_kv_heads + work.kv_head;
-        *is_last_split = atomicAdd(counter, 1) == item.num_splits - 1;
-        if (*is_last_split) *counter = 0;  // for the next launch; nobody else counts here any more
-    }
-    __syncthreads();  // all know whether they are last
-    if (!*is_last_split) return;
-    __threadfence();  // what the counter has counted is visible from here on
-    const RowMap rows(p, work);
-    const PartialState first(p, item.first_partial, work.kv_head);
-    const i64 heads = p.num_kv_heads;
-    merge_states(first.out, first.lse, heads * CTA_TILE_Q * HEAD_DIM, heads * CTA_TILE_Q,
-                 item.num_splits, WriteResult{rows});
+// Counts a split as done; the last one of its tile merges them all.
+__device__ __forceinline__ void merge_splits(const Params& p, const Work& work, int* flag) {
+    int* counter = p.merge_counters + static_cast<i64>(work.item.merge) * p.num_kv_heads + work.kv_head;
+    if (is_last_split(counter, work.item.num_splits, threadIdx.x == 0, flag, [] { __syncthreads(); }))
+        merge_partials<CTA_TILE_Q, NUM_THREADS>(p, work, 0, threadIdx.x);
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, CTAS_PER_SM)

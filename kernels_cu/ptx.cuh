@@ -42,6 +42,15 @@ __device__ __forceinline__ void ldmatrix_x4_trans(Pair (&r)[4], u32 shared) {
                  : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
+// The way back: the four matrices from the lanes' registers to shared memory.
+__device__ __forceinline__ void stmatrix_x4(u32 shared, const Pair (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+#endif
+
 // d += a * b for a 16 x 16 (row major), b 16 x 8 (column major), d 16 x 8 in float32. Lane l holds
 // of d rows l / 4 (d[0], d[1]) and l / 4 + 8 (d[2], d[3]), columns 2 * (l % 4) and the next.
 __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const Pair (&a)[4], Pair b0,

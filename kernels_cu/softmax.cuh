@@ -24,11 +24,12 @@ struct SoftmaxState {
             }
     }
 
-    // Turns unscaled logits s into weights, in place, and rescales the output o where a maximum
-    // has grown. `scale` is positive.
-    template <int N, int D>
-    __device__ __forceinline__ void update(float (&s)[MMA_Q][N][4], float (&o)[MMA_Q][D][4],
-                                           float scale) {
+    // Takes in the logits' maxima. Where one of the warp's has grown by more than the threshold, all
+    // rows move on to theirs, and the output has to be rescaled by `factor`: then it returns true.
+    // `scale` is positive.
+    template <int N>
+    __device__ __forceinline__ bool raise(const float (&s)[MMA_Q][N][4], float scale,
+                                          float (&factor)[MMA_Q][2]) {
         float top[MMA_Q][2];
         bool grown = false;
 #pragma unroll
@@ -45,22 +46,22 @@ struct SoftmaxState {
                 grown |= (t - max[i][h]) * scale > RESCALE_THRESHOLD;
             }
         // One decision a warp, so that the rescaling is a branch and not a multiplication by 1.
-        if (__any_sync(~0u, grown)) {
+        if (!__any_sync(~0u, grown)) return false;
 #pragma unroll
-            for (int i = 0; i < MMA_Q; ++i)
+        for (int i = 0; i < MMA_Q; ++i)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float t = top[i][h];
-                    const float factor = t == NEG_INF ? 1.0f : exp2_approx((max[i][h] - t) * scale);
-                    max[i][h] = t;
-                    sum[i][h] *= factor;
-#pragma unroll
-                    for (int d = 0; d < D; ++d) {
-                        o[i][d][2 * h] *= factor;
-                        o[i][d][2 * h + 1] *= factor;
-                    }
-                }
-        }
+            for (int h = 0; h < 2; ++h) {
+                const float t = top[i][h];
+                factor[i][h] = t == NEG_INF ? 1.0f : exp2_approx((max[i][h] - t) * scale);
+                max[i][h] = t;
+                sum[i][h] *= factor[i][h];
+            }
+        return true;
+    }
+
+    // Turns unscaled logits s into weights, in place.
+    template <int N>
+    __device__ __forceinline__ void weigh(float (&s)[MMA_Q][N][4], float scale) {
 #pragma unroll
         for (int i = 0; i < MMA_Q; ++i)
 #pragma unroll
@@ -77,9 +78,10 @@ struct SoftmaxState {
             }
     }
 
-    // Divides the output by the sums; returns each row's log-sum-exp, base 2, in `max`.
+    // Divides the output by the sums and multiplies it by `factor`; returns each row's log-sum-exp,
+    // base 2, in `max`.
     template <int D>
-    __device__ __forceinline__ void finish(float (&o)[MMA_Q][D][4], float scale) {
+    __device__ __forceinline__ void finish(float (&o)[MMA_Q][D][4], float scale, float factor) {
 #pragma unroll
         for (int i = 0; i < MMA_Q; ++i)
 #pragma unroll
@@ -87,7 +89,7 @@ struct SoftmaxState {
                 float total = sum[i][h];
                 total += __shfl_xor_sync(~0u, total, 1);
                 total += __shfl_xor_sync(~0u, total, 2);
-                const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+                const float inverse = total == 0.0f ? 0.0f : factor / total;
                 max[i][h] = total == 0.0f ? NEG_INF : max[i][h] * scale + log2_approx(total);
 #pragma unroll
                 for (int d = 0; d < D; ++d) {
@@ -97,3 +99,14 @@ struct SoftmaxState {
             }
     }
 };
+
+// Rescales each row of the output by its factor.
+template <int D>
+__device__ __forceinline__ void rescale(float (&o)[MMA_Q][D][4], const float (&factor)[MMA_Q][2]) {
+#pragma unroll
+    for (int i = 0; i < MMA_Q; ++i)
+#pragma unroll
+        for (int d = 0; d < D; ++d)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) o[i][d][c] *= factor[i][c / 2];
+}

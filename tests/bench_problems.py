@@ -12,7 +12,7 @@ import workloads
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TABLE = workloads.prefill_workloads(16)
-NAMES = [workload.name for workload in TABLE]
+ALL = [*TABLE, *workloads.length_sweep(16), *workloads.page_sweep()]
 
 
 def count_pairs(qo_len: int, kv_len: int, causal: bool) -> int:

@@ -127,13 +127,13 @@ def compiled_kernels(_own_cache: Path) -> None:
     """Compile every kernel of device 0, in as many threads as there are cores."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from cupaged import cuda, kernels
+    from gpu_calls import every_configuration
 
-    arch = cuda.device_model(0).arch
+    from cupaged import devices, kernels
+
+    arch = devices.device_model(0).arch
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(
-            pool.map(lambda config: kernels.cubin_path(config, arch), kernels.configurations(arch))
-        )
+        list(pool.map(lambda config: kernels.cubin_path(config, arch), every_configuration()))
 
 
 @pytest.fixture(scope="session")
@@ -148,15 +148,32 @@ def cp(compiled_kernels: None) -> Any:
     return cupy
 
 
+@pytest.fixture(params=["prefill_sm90", "prefill_sm80"])
+def family(cp: Any, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each family of kernels for the long shape, one after the other."""
+    from gpu_calls import families, served_by
+
+    if request.param not in families():
+        pytest.skip(f"{request.param} is for compute capability 9.0")
+    with served_by(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No kernel is loaded or cached, and what stood in for CuPy is forgotten afterwards."""
-    from cupaged import cuda, kernels, source
+    from cupaged import devices, kernels, source
 
     monkeypatch.setattr(kernels, "_loaded", {})
     monkeypatch.setattr(kernels, "_locks", defaultdict(threading.Lock))
     monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "cache"))
-    remembered = (kernels.nvrtc, cuda.cupy, cuda.device_model, source.folder, source._inlined)
+    remembered = (
+        kernels.nvrtc,
+        devices.cupy,
+        devices.device_model,
+        source.folder,
+        source._inlined,
+    )
     for function in remembered:
         function.cache_clear()
     yield

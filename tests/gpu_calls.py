@@ -10,12 +10,49 @@ from typing import Any
 import batches
 import numpy as np
 import oracle
+import pytest
 from oracle import Formula
 
 import cupaged
+from cupaged import devices, kernels, tiles
+from cupaged.spec import KernelConfig
 
+FAMILIES = ("prefill_sm90", "prefill_sm80")
 Wrapper = cupaged.BatchPrefillWithPagedKVCacheWrapper
 Results = tuple[np.ndarray, np.ndarray]
+
+
+def families() -> tuple[str, ...]:
+    """The families of kernels for the long shape that device 0 can run."""
+    return FAMILIES if devices.device_model(0).arch == 90 else FAMILIES[1:]
+
+
+@contextmanager
+def served_by(family: str) -> Iterator[None]:
+    """Plan with one family of kernels for the long shape, also where there is a better one."""
+    tile_class = tiles.tile_class
+
+    def without_sm90(arch: int) -> str:
+        found = tile_class(arch)
+        return "large" if found == "sm90" else found
+
+    with pytest.MonkeyPatch.context() as patch:
+        if family == "prefill_sm80":
+            patch.setattr(tiles, "tile_class", without_sm90)
+        tiles.kernel_config.cache_clear()
+        try:
+            yield
+        finally:
+            tiles.kernel_config.cache_clear()
+
+
+def every_configuration() -> set[KernelConfig]:
+    """All kernels of device 0, of every family."""
+    found: set[KernelConfig] = set()
+    for family in families():
+        with served_by(family):
+            found.update(kernels.configurations(devices.device_model(0).arch))
+    return found
 
 
 def to_gpu(x: np.ndarray) -> Any:

@@ -267,29 +267,55 @@ def gather(
     return np.stack(rows) if rows else np.empty(shape, pages.dtype)
 
 
-def check_all(batch: Any, formula: Formula, out: Array, lse: Array | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What one request of a call must return."""
+
+    what: str
+    rows: slice
+    out: Array
+    lse: Array
+    same_dtype: Array
+    seen_rows: Array
+
+
+def expect(batch: Any, formula: Formula) -> list[Expected]:
+    """What every request of a call with rows must return; `batch` is on the host."""
+    found, begin = [], 0
+    for r, qo_len in enumerate(batch.qo_len):
+        if qo_len:
+            q, k, v = batch.gathered(r)
+            found.append(
+                Expected(
+                    f"request {r} ({qo_len} queries, {len(k)} keys)",
+                    slice(begin, begin + qo_len),
+                    *attend(q, k, v, formula),
+                    plain_same_dtype(q, k, v, formula),
+                    visible(qo_len, len(k), formula.causal).any(axis=1),
+                )
+            )
+        begin += qo_len
+    return found
+
+
+def check_expected(expected: list[Expected], out: Array, lse: Array | None = None) -> None:
     """Hold a whole call's result to the contract, request by request.
 
     Parameters
     ----------
-    batch : batches.Batch
-        On the host.
-    formula : Formula
+    expected : list of Expected
     out : [nnz_qo, num_qo_heads, head_dim]
     lse : float32 [nnz_qo, num_qo_heads], optional
     """
-    begin = 0
-    for r, qo_len in enumerate(batch.qo_len):
-        end = begin + qo_len
-        q, k, v = batch.gathered(r)
-        what = f"request {r} ({qo_len} queries, {len(k)} keys)"
-        if qo_len:
-            expected, expected_lse = attend(q, k, v, formula)
-            same_dtype = plain_same_dtype(q, k, v, formula)
-            seen_rows = visible(qo_len, len(k), formula.causal).any(axis=1)
-            assert_close(out[begin:end], expected, same_dtype, seen_rows, f"out of {what}")
-            if lse is not None:
-                assert_lse_close(lse[begin:end], expected_lse, f"lse of {what}")
-        begin = end
-    assert len(out) == begin, f"out has {len(out)} rows, expected {begin}"
-    assert lse is None or len(lse) == begin
+    for one in expected:
+        assert_close(out[one.rows], one.out, one.same_dtype, one.seen_rows, f"out of {one.what}")
+        if lse is not None:
+            assert_lse_close(lse[one.rows], one.lse, f"lse of {one.what}")
+    rows = expected[-1].rows.stop if expected else 0
+    assert len(out) == rows, f"out has {len(out)} rows, expected {rows}"
+    assert lse is None or len(lse) == rows
+
+
+def check_all(batch: Any, formula: Formula, out: Array, lse: Array | None = None) -> None:
+    """Hold a whole call's result to the contract; `batch` is on the host."""
+    check_expected(expect(batch, formula), out, lse)

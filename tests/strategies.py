@@ -20,8 +20,9 @@ GROUPS = (1, 3, 4, 7, 12)
 #: Elements of a request's q.
 MOST_ELEMENTS = 200_000
 
-#: Lengths around the edges of pages, of KV tiles (32, 64) and of query tiles (16, 64, 128).
-_EDGES = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
+#: Lengths around the edges of pages, of KV tiles (32, 64, 80, 128) and of query tiles (16, 64,
+#: 128, 192).
+_EDGES = [0, 1, 2, *(n + d for n in (16, 32, 64, 80, 128, 192) for d in (-1, 0, 1))]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import pytest
 from oracle import Formula
 from small_call import Wrapper
 
-from cupaged import cuda, heuristics, reference, schedule
+from cupaged import backend, cuda, reference, schedule, tiles
+from cupaged import devices as devices_room
 from cupaged.backend import Plan
 from cupaged.spec import HOST_MODEL, DeviceModel
 
@@ -21,7 +22,7 @@ OPTIONS: list[dict[str, Any]] = [{}, {"fixed_split_size": 3}, {"disable_split_kv
 
 
 class HostDevicePlan:
-    """A `cuda.DevicePlan` that stays on the host."""
+    """A `DevicePlan` that stays on the host."""
 
     def __init__(self, planned: Any, page_indices: Any, device: int, workspace: Any) -> None:
         self.schedule = planned
@@ -31,7 +32,7 @@ class HostDevicePlan:
 
 
 def run_on_host(
-    plan: HostDevicePlan, q: Any, k: Any, v: Any, out: Any, lse: Any, factors: Any
+    plan: HostDevicePlan, stream: int, q: Any, k: Any, v: Any, out: Any, lse: Any, factors: Any
 ) -> None:
     reference.run(plan.schedule, plan.page_indices, q, k, v, out, lse, *factors)
 
@@ -40,8 +41,8 @@ def run_on_host(
 def devices(monkeypatch: pytest.MonkeyPatch) -> dict[int, DeviceModel]:
     """CUDA devices by number, to be filled in; the reference backend does their work."""
     models: dict[int, DeviceModel] = {}
-    monkeypatch.setattr(cuda, "device_model", models.__getitem__)
-    monkeypatch.setattr(cuda, "DevicePlan", HostDevicePlan)
+    monkeypatch.setattr(devices_room, "device_model", models.__getitem__)
+    monkeypatch.setattr(backend, "DevicePlan", HostDevicePlan)
     monkeypatch.setattr(cuda, "run", run_on_host)
     return models
 
@@ -59,7 +60,7 @@ def run_on(plan: Plan, device: int, batch: batches.Batch) -> None:
     formula = Formula(causal=True)
     out, lse = batch.poisoned_out().array, batch.poisoned_lse().array
     scale = formula.logit_scale(batch.head_dim) * np.log2(np.e)
-    plan.run(device, (batch.q, *batch.cache, out, lse), (scale, 1.0, 1.0))
+    plan.run(device, 0, (batch.q, *batch.cache, out, lse), (scale, 1.0, 1.0))
     oracle.check_all(batch, formula, out, lse)
 
 
@@ -81,10 +82,7 @@ def test_a_plan_run_on_another_class_of_device_is_divided_anew(
     assert found.device == 3
     assert found.page_indices is plan.page_indices
     assert found.schedule.device == devices[3]
-    configs = {
-        heuristics.kernel_config(arch, "float16", head_dim, 16, shape)
-        for shape in heuristics.SHAPES
-    }
+    configs = {tiles.kernel_config(arch, "float16", head_dim, 16, shape) for shape in tiles.SHAPES}
     assert {launch.config for launch in found.schedule.launches} <= configs
     expected = schedule.build(before.spec, before.lengths, devices[3], **options)
     for launch, same in zip(found.schedule.launches, expected.launches, strict=True):
@@ -115,8 +113,8 @@ def test_every_device_has_a_plan_of_its_own(
     for device, arch in enumerate((90, 80, 86, 120)):
         devices[device] = DeviceModel(num_sms=100, arch=arch)
         run_on(plan, device, batch)
-    tiles = [
+    configs = [
         {launch.config for launch in plan.on_device(device).schedule.launches} for device in devices
     ]
-    assert tiles[0] != tiles[1] != tiles[2]
-    assert tiles[2] == tiles[3]
+    assert configs[0] != configs[1] != configs[2]
+    assert configs[2] == configs[3]

@@ -1,18 +1,17 @@
-"""The benchmark's parts: what it counts, what it draws, what it calls wrong."""
+"""The benchmark's parts: what it counts, what it draws, how it takes times."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import bench_prefill
-import check
 import contender
+import measure
 import numpy as np
 import peers
 import pytest
 import timing
 import workloads
-from bench_problems import DTYPES, TABLE, bits, count_pairs, formula, ragged_problem
+from bench_problems import ALL, DTYPES, TABLE, count_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,16 +44,33 @@ def test_the_table_holds_the_work_of_performance_md() -> None:
     assert (issue.batch, issue.num_qo_heads, issue.page_size, issue.min_pages) == (10, 8, 32, 640)
     prefixes = [kv - qo for qo, kv in zip(issue.qo_lens, issue.kv_lens, strict=True)]
     assert all(16 <= n <= 128 for n in (*issue.qo_lens, *prefixes))
+    for head_dim in (64, 256):
+        other = by_name[f"4x4096-hd{head_dim}"]
+        assert other.flops() * 128 == by_name["4x4096"].flops() * head_dim
     sweep = [w.page_size for w in workloads.page_sweep()]
     assert {1, 2, 4, 8, 16, 32, 64, 128, 256} < set(sweep)
     assert any(size & (size - 1) for size in sweep)
+
+
+def test_the_length_sweep_has_as_many_tokens_at_each_length() -> None:
+    sweep = {w.kv_lens[0]: w for w in workloads.length_sweep(8)}
+    assert list(sweep) == [512, 1024, 2048, 4096, 8192, 16384, 32768]
+    for length, w in sweep.items():
+        assert w.qo_lens == w.kv_lens == (length,) * w.batch
+        assert sum(w.qo_lens) == max(16384, length)
+        assert (w.num_qo_heads, w.num_kv_heads, w.causal, w.page_size) == (32, 8, True, 8)
+        assert not w.paged_only
+
+
+def test_no_two_workloads_have_one_name() -> None:
+    assert len({w.name for w in ALL}) == len(ALL)
 
 
 def test_lengths_are_the_same_in_every_run() -> None:
     assert workloads.prefill_workloads(16) == workloads.prefill_workloads(16)
 
 
-@pytest.mark.parametrize("workload", [*TABLE, *workloads.page_sweep()], ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", ALL, ids=lambda w: w.name)
 def test_shrunk_workloads_keep_their_shape(workload: workloads.Workload) -> None:
     small = workloads.shrink(workload)
     assert small.batch == workload.batch
@@ -122,92 +138,6 @@ def test_numbers_drawn_in_pieces_are_normal(
     assert len({piece[:8].tobytes() for piece in pieces}) == 10
 
 
-# What is called wrong
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_formula_rounded_once_is_right(rng: np.random.Generator, dtype: str) -> None:
-    problem = ragged_problem(rng, dtype)
-    verdict = problem.verify(bits(formula(problem), dtype), rng)
-    assert verdict.ok
-    assert verdict.detail == ""
-    assert verdict.max_rel_err <= check.UNIT_ROUNDOFF[dtype]
-    assert 0 < verdict.max_abs_err < 8 * check.UNIT_ROUNDOFF[dtype]
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_attention_rows_is_the_formula(rng: np.random.Generator, causal: bool) -> None:
-    w = workloads.Workload("w", (7,), (5,), 6, 2, causal, 2, head_dim=8)
-    problem = contender.make_problem(w, "float16", timing.HostDevice(), rng)
-    slots = problem.table.slots(0)
-    k, v = (a.reshape(-1, 2, 8)[slots].astype(np.float64) for a in (problem.k, problem.v))
-    visible = check.visible_keys(np.arange(7), 7, 5, causal)
-    out = check.attention_rows(np, problem.q.astype(np.float64), k, v, visible, 8**-0.5)
-    np.testing.assert_allclose(out, formula(problem), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_value_that_was_not_written_is_wrong(rng: np.random.Generator, dtype: str) -> None:
-    problem = ragged_problem(rng, dtype)
-    out = bits(formula(problem), dtype)
-    out[6, 2, 3] = check.POISON_BITS
-    verdict = problem.verify(out, rng)
-    assert not verdict.ok
-    assert verdict.detail == "1 values are not finite, the first in row 6, head 2"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_of_another_head_is_wrong(rng: np.random.Generator, dtype: str) -> None:
-    problem = ragged_problem(rng, dtype)
-    out = bits(formula(problem), dtype)
-    out[4, 0] = out[4, 3]
-    verdict = problem.verify(out, rng)
-    assert not verdict.ok
-    assert verdict.detail.startswith("request 0, row 4, head 0: off by ")
-    assert verdict.max_rel_err > 0.1
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_without_keys_must_be_exactly_zero(rng: np.random.Generator, dtype: str) -> None:
-    problem = ragged_problem(rng, dtype)
-    out = bits(formula(problem), dtype)
-    row = int(problem.table.qo_indptr[2])
-    assert not out[row].any()
-    out[row, 1, 0] = 1  # the smallest number there is
-    verdict = problem.verify(out, rng)
-    assert not verdict.ok
-    assert verdict.detail.startswith("request 2, row 0, head 1: off by ")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_missing_key_is_wrong(rng: np.random.Generator, dtype: str) -> None:
-    w = workloads.Workload("w", (4,), (64,), 2, 1, False, 16, head_dim=64)
-    problem = contender.make_problem(w, dtype, timing.HostDevice(), rng)
-    slots = problem.table.slots(0)[:-1]
-    k, v = (a.reshape(-1, 1, 64)[slots].astype(np.float64) for a in (problem.k, problem.v))
-    q = problem.q.astype(np.float64)
-    out = check.attention_rows(np, q, k, v, np.full(4, 63), 64**-0.5)
-    assert not problem.verify(bits(out, dtype), rng).ok
-
-
-def test_an_output_of_another_shape_is_wrong(rng: np.random.Generator) -> None:
-    problem = ragged_problem(rng)
-    verdict = problem.verify(bits(formula(problem), "float16")[1:], rng)
-    assert not verdict.ok
-    assert verdict.detail == "shape (17, 4, 16), expected (18, 4, 16)"
-
-
-@pytest.mark.parametrize("batch", [1, 10, 64])
-@pytest.mark.parametrize("qo_len", [1, 3, 64, 4096])
-def test_sampled_rows_hold_the_first_and_the_last(
-    rng: np.random.Generator, qo_len: int, batch: int
-) -> None:
-    rows = check.sample_rows(qo_len, batch, rng)
-    assert rows[0] == 0
-    assert rows[-1] == qo_len - 1
-    assert len(set(rows.tolist())) == len(rows) >= min(qo_len, 3)
-
-
 # Times
 
 
@@ -256,9 +186,102 @@ def test_the_ratio_is_of_paired_rounds() -> None:
 
 
 def test_speedup_is_above_one_where_cupaged_is_faster() -> None:
-    rows: dict[str, Any] = {"cupaged": {"speedup": None}, "peer": {"speedup": None}}
-    bench_prefill.compare(rows, {"cupaged": [1.0, 2.0], "peer": [3.0, 6.0]}, "speedup")
-    assert rows == {"cupaged": {"speedup": None}, "peer": {"speedup": 3.0}}
+    times = {
+        ("a", "cupaged"): [1.0, 2.0],
+        ("a", "peer"): [3.0, 6.0],
+        ("b", "cupaged"): [8.0, 8.0],
+        ("b", "peer"): [4.0, 4.0],
+        ("c", "peer"): [1.0, 1.0],
+    }
+    rows: dict[Any, Any] = {key: {"speedup": None} for key in times}
+    measure.compare(rows, times, "speedup")
+    assert {key: row["speedup"] for key, row in rows.items()} == {
+        ("a", "cupaged"): None,
+        ("a", "peer"): 3.0,
+        ("b", "cupaged"): None,
+        ("b", "peer"): 0.5,
+        ("c", "peer"): None,
+    }
+
+
+def test_page_sizes_are_compared_with_16_round_by_round() -> None:
+    def row(contender_name: str, page_size: int, sweep: str = workloads.PAGE_SWEEP) -> Any:
+        return {
+            "contender": contender_name,
+            "page_size": page_size,
+            "sweep": sweep,
+            "over_page16": None,
+        }
+
+    rows = {
+        ("p1", "cupaged"): row("cupaged", 1),
+        ("p16", "cupaged"): row("cupaged", 16),
+        ("p1", "peer"): row("peer", 1),
+        ("4x4096", "cupaged"): row("cupaged", 16, ""),
+    }
+    times = {
+        # Page size 1 takes 1.25 times as long in two of three rounds, while the clock halves.
+        ("p1", "cupaged"): [5.0, 10.0, 9.0],
+        ("p16", "cupaged"): [4.0, 8.0, 9.0],
+        ("p1", "peer"): [1.0, 1.0, 1.0],
+        ("4x4096", "cupaged"): [1.0, 1.0, 1.0],
+    }
+    measure.compare_pages(rows, times)
+    assert [row["over_page16"] for row in rows.values()] == [0.8, 1.0, None, None]
+
+
+def test_workloads_that_are_compared_take_turns(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[int] = []
+    right = contender.CupagedRunner.sample
+
+    def sample(self: Any) -> Any:
+        order.append(self.problem.workload.page_size)
+        return right(self)
+
+    monkeypatch.setattr(contender.CupagedRunner, "sample", sample)
+    device = timing.HostDevice()
+    pages = [workloads.shrink(w) for w in workloads.page_sweep() if w.page_size in (1, 16, 64)]
+    rows = measure.measure(pages, [contender.Cupaged(device)], device, "float16", 4, rng)
+    assert order[-12:] == [1, 16, 64] * 4
+    assert [row["page_size"] for row in rows] == [1, 16, 64]
+    # None of them is tried in a graph, which the reference backend would have a note on.
+    assert [row["notes"] for row in rows] == [[], [], []]
+
+
+def test_a_graph_s_time_is_that_of_one_of_its_calls(rng: np.random.Generator) -> None:
+    class Recording(timing.HostDevice):
+        """A call takes 100 µs, and a graph 80 for each of its calls."""
+
+        def __init__(self) -> None:
+            self.recorded: dict[int, int] = {}
+
+        def capture(self, call: timing.Call, calls: int) -> timing.Call:
+            def replay() -> None:
+                call()
+
+            self.recorded[id(replay)] = calls
+            return replay
+
+        def sample(self, call: timing.Call) -> timing.Pending:
+            calls = self.recorded.get(id(call))
+            return lambda: 100.0 if calls is None else 80.0 * calls
+
+    class Peer(contender.Cupaged):
+        name = "peer"
+
+    device = Recording()
+    w = workloads.Workload("w", (3, 1), (9, 5), 2, 1, True, 4, head_dim=64)
+    contenders = [contender.Cupaged(device), Peer(device)]
+    rows = measure.measure([w], contenders, device, "float16", 3, rng)
+    for row in rows:
+        assert row["status"] == "ok", row["notes"]
+        assert row["us"] == 100.0
+        assert row["graph_calls"] == 10
+        assert row["graph_us_all"] == [80.0] * 3
+        assert row["graph_us"] == 80.0
+    assert [row["graph_speedup"] for row in rows] == [None, 1.0]
 
 
 # Peers
@@ -266,7 +289,15 @@ def test_speedup_is_above_one_where_cupaged_is_faster() -> None:
 
 def test_scaled_dot_product_attention_gets_only_what_it_computes() -> None:
     fits = [w.name for w in TABLE if peers.sdpa_unfit(w) is None]
-    assert fits == ["1x16384-full", "1x16384-causal", "4x4096", "16x1024"]
+    assert fits == [
+        "1x16384-full",
+        "1x16384-causal",
+        "4x4096",
+        "4x4096-hd64",
+        "4x4096-hd256",
+        "16x1024",
+    ]
+    assert all(peers.sdpa_unfit(w) is None for w in workloads.length_sweep(16))
     by_name = {w.name: w for w in TABLE}
     assert peers.sdpa_unfit(by_name["8x512-over-8192"]) == (
         "its causal mask is aligned to the top left"

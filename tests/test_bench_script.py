@@ -11,12 +11,14 @@ from typing import Any
 import bench_prefill
 import contender
 import host_costs
+import measure
 import numpy as np
+import plotting
 import pytest
 import report
 import timing
 import workloads
-from bench_problems import TABLE, count_pairs
+from bench_problems import ALL, TABLE, count_pairs
 from processes import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,10 +41,13 @@ def test_quick_runs_everything_on_the_reference_backend(tmp_path: Path) -> None:
     assert head["product_sha256"] == report.product_hash(ROOT)
     assert head["command"].endswith(str(path))
     assert {"gpu", "driver", "git_commit", "git_dirty", "date", "ceilings"} <= head.keys()
+    assert {"start", "4x4096", "page-sweep", "host"} <= head["seconds"].keys()
+    # The reference backend's figures are no matter for the bars.
+    assert result["bars"] == []
 
     attention = [row for row in result["rows"] if row["kind"] == "attention"]
-    expected = [w.name for w in (*TABLE, *workloads.page_sweep())]
-    assert [row["workload"] for row in attention] == expected
+    assert [row["workload"] for row in attention] == [w.name for w in ALL]
+    usual = next(row for row in attention if row["workload"] == "4x4096-page16")
     for row in attention:
         assert row["status"] == "ok", row["notes"]
         assert 0 < row["max_rel_err"] <= 4 * 2.0**-8
@@ -52,7 +57,12 @@ def test_quick_runs_everything_on_the_reference_backend(tmp_path: Path) -> None:
         )
         flops = 4 * row["head_dim"] * row["num_qo_heads"] * pairs
         assert row["flops"] == flops
-        assert len(row["us_all"]) == 3
+        assert len(row["us_all"]) == (2 if row["sweep"] == workloads.LENGTH_SWEEP else 3)
+        if row["sweep"] == workloads.PAGE_SWEEP:
+            ratios = [a / b for a, b in zip(usual["us_all"], row["us_all"], strict=True)]
+            assert row["over_page16"] == np.median(ratios)
+        else:
+            assert row["over_page16"] is None
         assert row["us"] == np.median(row["us_all"]) > 0
         assert row["tflops"] == pytest.approx(flops / (row["us"] * 1e-6) / 1e12)
         assert row["gbs"] == pytest.approx(row["bytes"] / (row["us"] * 1e-6) / 1e9)
@@ -66,8 +76,13 @@ def test_quick_runs_everything_on_the_reference_backend(tmp_path: Path) -> None:
 
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) < 130
-    for name in (*expected, *host):
+    for name in (*(w.name for w in TABLE), *host):
         assert any(line.startswith(name) for line in lines), name
+    (sizes,) = (line for line in lines if line.startswith("TFLOP/s by page size"))
+    assert sizes.split()[4:] == [str(size) for size in workloads.SWEEP_PAGE_SIZES]
+    (ratios_line,) = (line for line in lines if line.startswith("  over its page 16"))
+    assert ratios_line.split()[4:][sizes.split()[4:].index("16")] == "1.000"
+    assert any(line.startswith("TFLOP/s by length") for line in lines)
     assert lines[-1].startswith("import")
 
 
@@ -183,7 +198,7 @@ def test_rows_of_any_content_fit_the_line() -> None:
     problem = contender.make_problem(
         TABLE[-1], "float16", timing.HostDevice(), np.random.default_rng()
     )
-    row = bench_prefill.new_row(problem, "flashinfer-fa3") | {
+    row = measure.new_row(problem, "flashinfer-fa3") | {
         "workload": "prefill-among-decodes",
         "us": 123456.7,
         "graph_us": 123456.7,
@@ -212,27 +227,89 @@ def test_rows_of_any_content_fit_the_line() -> None:
         "missing_peers": {"fa3": "z" * 200},
         "ceilings": {"matmul_tflops": 790.0, "copy_gbs": 4300.0},
     }
-    lines = list(report.table(head, [row, host]))
+    swept = [
+        row | {"sweep": sweep, "page_size": n, "kv_lens": [n], "over_page16": 0.123}
+        for sweep in report.SWEEPS
+        for n in range(1, 11)
+    ]
+    lines = list(report.table(head, [row, *swept, host]))
     assert max(map(len, lines)) < 130
+    assert "\n".join(lines).count(" 1234.5!") == 20
     assert "prefill-among-decodes*" in "\n".join(lines)
     assert "flashinfer-fa3!" in "\n".join(lines)
 
 
-def test_the_plot_shows_bars_and_the_sweep(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    ["issue192,page-sweep", "length-512,length-1024", "4x4096-page1", "issue192", "run-host"],
+)
+def test_the_plot_shows_what_there_is(tmp_path: Path, chosen: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "plot.png"
-    status = bench_prefill.main(
-        ["--quick", "--workloads", "issue192,page-sweep", "--plot", str(path)]
-    )
-    assert status == 0
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert bench_prefill.main(["--quick", "--workloads", chosen, "--plot", str(path)]) == 0
+    if chosen == "run-host":
+        assert not path.exists()
+    else:
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_plot_over_the_length_has_every_contender_and_the_ceiling() -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    table = workloads.length_sweep(16)
+    rates = {"cupaged": 600.0, "sdpa-cudnn": 500.0, "another": 400.0}
+    rows = [
+        {
+            "contender": name,
+            "sweep": workloads.LENGTH_SWEEP,
+            "kv_lens": list(w.kv_lens),
+            "page_size": 16,
+            "num_qo_heads": 32,
+            "num_kv_heads": 8,
+            "head_dim": 128,
+            "causal": True,
+            "tflops": rate + i,
+        }
+        # Backwards: a line goes from the shortest to the longest whatever the order of the rows.
+        for i, w in reversed(list(enumerate(table)))
+        for name, rate in rates.items()
+    ]
+    panel = figures.Figure().subplots()
+    plotting.draw_lengths(panel, {"ceilings": {"matmul_tflops": 777.0}}, rows)
+    drawn = {line.get_label(): line for line in panel.get_lines()}
+    lengths = list(workloads.SWEEP_LENGTHS)
+    for label, rate in (
+        ("cupaged, pages of 16 permuted at random", 600.0),
+        ("sdpa-cudnn, contiguous", 500.0),
+        ("another, contiguous", 400.0),
+    ):
+        assert list(drawn[label].get_xdata()) == lengths
+        assert list(drawn[label].get_ydata()) == [rate + i for i in range(len(table))]
+    assert [777.0, 777.0] in [list(line.get_ydata()) for line in drawn.values()]
+    assert panel.get_xticklabels()[0].get_text() == "512\n32 ×"
+
+
+def test_a_group_and_rows_of_it_may_be_chosen() -> None:
+    chosen = bench_prefill.parse(["--workloads", "4x4096-page24,page-sweep,import"])
+    turns = bench_prefill.turns(chosen)
+    assert [(name, [w.page_size for w in ws]) for name, ws in turns] == [
+        ("page-sweep", list(workloads.SWEEP_PAGE_SIZES))
+    ]
+    assert "import" in chosen.workloads
+    assert "run-host" not in chosen.workloads
 
 
 @pytest.mark.gpu
 def test_a_run_on_the_gpu(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     done = run_script(
-        "--workloads", "16x1024,issue192,host", "--peers", "", "--repeat", "3", "--json", str(path)
+        "--workloads",
+        "16x1024,issue192,4x4096-page1,4x4096-page16,host",
+        "--peers",
+        "",
+        "--repeat",
+        "3",
+        "--json",
+        str(path),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
@@ -240,9 +317,16 @@ def test_a_run_on_the_gpu(tmp_path: Path) -> None:
     assert result["header"]["ceilings"]["matmul_tflops"] > 1
     assert result["header"]["ceilings"]["copy_gbs"] > 1
     attention = [row for row in result["rows"] if row["kind"] == "attention"]
-    assert [row["workload"] for row in attention] == ["16x1024", "issue192"]
+    *fixed, page1, page16 = attention
+    assert [row["workload"] for row in fixed] == ["16x1024", "issue192"]
+    assert all(row["graph_us"] > 0 for row in fixed)
+    assert [row["workload"] for row in (page1, page16)] == ["4x4096-page1", "4x4096-page16"]
+    assert page1["over_page16"] > 0
+    judged = {one["work"]: one["measured"] for one in result["bars"]}
+    assert judged["page size 1"] == page1["over_page16"]
+    assert judged["ten short requests, in a graph"] == fixed[1]["graph_us"]
+    assert "bars for an H200" in done.stdout
     for row in attention:
-        assert row["graph_us"] > 0
         assert row["us"] > 0
         assert 0 < row["share_of_matmul"] < 1
     host = {row["workload"] for row in result["rows"] if row["kind"] == "host"}

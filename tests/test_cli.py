@@ -10,7 +10,7 @@ import pytest
 from processes import NO_GPU, run_module, run_python
 
 from cupaged import __main__ as command
-from cupaged import cuda, mainjob
+from cupaged import devices, mainjob
 from cupaged.errors import BackendUnavailableError
 from cupaged.spec import DeviceModel
 
@@ -113,8 +113,8 @@ def test_no_gpu_where_cuda_is_asked_for(arguments: tuple[str, ...]) -> None:
 def test_backends_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = SimpleNamespace(getDevice=lambda: 0)
     module = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
-    monkeypatch.setattr(cuda, "cupy", lambda: module)
-    monkeypatch.setattr(cuda, "device_model", lambda device: DeviceModel(132, 90))
+    monkeypatch.setattr(devices, "cupy", lambda: module)
+    monkeypatch.setattr(devices, "device_model", lambda device: DeviceModel(132, 90))
     assert mainjob.choose_backends("auto") == (("cuda", "reference"), "")
     assert mainjob.choose_backends("cuda") == (("cuda",), "")
     assert mainjob.choose_backends("reference") == (("reference",), "")
@@ -124,7 +124,7 @@ def test_backends_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise BackendUnavailableError("install a GPU")
 
-    monkeypatch.setattr(cuda, "cupy", missing)
+    monkeypatch.setattr(devices, "cupy", missing)
     assert mainjob.choose_backends("auto") == (("reference",), "install a GPU")
     assert mainjob.choose_backends("reference") == (("reference",), "")
     with pytest.raises(BackendUnavailableError, match="install a GPU"):

@@ -12,8 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import sass
 
-from cupaged import heuristics, kernels, source
+from cupaged import kernels, source, tiles
 from cupaged.errors import BackendUnavailableError
 from cupaged.spec import DEVICE_STRUCTS, KernelConfig
 
@@ -39,6 +40,7 @@ RESERVED_BYTES = 1 * KIB
 REGISTERS = 65536
 REGISTER_UNIT = 256
 MAX_REGISTERS_PER_THREAD = 255
+WARPGROUP = 128
 
 CASES: list[Case] = [
     (arch, config) for arch in SM_LIMITS for config in kernels.configurations(arch)
@@ -91,11 +93,14 @@ def logs(
     wanted = [
         item.callspec.params["case"]
         for item in request.session.items
-        if isinstance(item, pytest.Function) and item.originalname == test_a_kernel_fits.__name__
+        if isinstance(item, pytest.Function)
+        and item.originalname
+        in (test_a_kernel_fits.__name__, test_a_kernel_uses_its_units.__name__)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
-            case: pool.submit(kernels.compile_cubin, case[1], case[0], REPORT) for case in wanted
+            case: pool.submit(kernels.compile_cubin, case[1], case[0], REPORT)
+            for case in dict.fromkeys(wanted)
         }
         pool.shutdown(cancel_futures=True)
 
@@ -114,7 +119,7 @@ def test_a_kernel_fits(case: Case, logs: dict[Case, Future[tuple[bytes, str]]]) 
 
     sm_shared, sm_threads = SM_LIMITS[arch]
     shared = config.shared_bytes + int(said["shared"] or 0)
-    assert shared <= heuristics.SHARED_LIMIT[heuristics.tile_class(arch)]
+    assert shared <= tiles.SHARED_LIMIT[tiles.tile_class(arch)]
     assert config.ctas_per_sm * (shared + RESERVED_BYTES) <= sm_shared
     assert config.ctas_per_sm * config.num_threads <= sm_threads
 
@@ -124,10 +129,58 @@ def test_a_kernel_fits(case: Case, logs: dict[Case, Future[tuple[bytes, str]]]) 
     assert config.ctas_per_sm * config.num_threads // 32 * of_a_warp <= REGISTERS
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] == 90], ids=name)
+def test_a_kernel_uses_its_units(case: Case, logs: dict[Case, Future[tuple[bytes, str]]]) -> None:
+    """The matrix unit and the ways of copying that its family is for, and no others."""
+    _, config = case
+    cubin, _ = logs[case].result()
+    found = sass.instructions(cubin)
+    if config.family == "prefill_sm80":
+        assert found["HMMA"] >= (config.head_dim + config.cta_tile_kv) // 16
+        assert found["LDGSTS"] > 0
+        assert not found.keys() & {"HGMMA", "UTMALDG", "USETMAXREG", "LDL", "STL"}
+        return
+    # Q.K^T and P.V of a tile, 16 elements and 16 keys at a time.
+    assert found["HGMMA"] >= (config.head_dim + config.cta_tile_kv) // 16
+    assert found["LDGSTS"] > 0  # Q
+    assert bool(found["UTMALDG"]) == config.page_aligned
+    assert not found.keys() & {"HMMA", "LDL", "STL"}
+
+    producer, consumer = sass.register_counts(cubin)
+    consumers = config.warps_q * config.warps_kv * 32 // WARPGROUP
+    assert config.num_threads == (consumers + 1) * WARPGROUP
+    assert producer % 8 == consumer % 8 == 0
+    assert consumer <= MAX_REGISTERS_PER_THREAD
+    registers = (producer + consumers * consumer) * WARPGROUP
+    # A warpgroup waits for its registers until the others have given up as many.
+    assert config.ctas_per_sm * registers <= REGISTERS
+
+
+def test_a_warning_is_no_report_of_a_kernel() -> None:
+    """Above all not that products of warpgroups wait for each other."""
+    report = (
+        "ptxas info    : 0 bytes gmem, 24 bytes cmem[4]\n"
+        "{warning}"
+        "ptxas info    : Compiling entry function 'cupaged_prefill' for 'sm_90a'\n"
+        "ptxas info    : Function properties for cupaged_prefill\n"
+        "ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 168 registers, used 16 barriers\n"
+    )
+    assert LOG.fullmatch(report.format(warning=""))
+    for warning in (
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources for the wgmma pipeline in the function "
+        "'cupaged_prefill'\n",
+        "ptxas warning : Value of threads per SM for entry cupaged_prefill is out of range\n",
+    ):
+        assert not LOG.fullmatch(report.format(warning=warning))
+        assert not LOG.fullmatch(report.format(warning="") + warning)
+
+
 def test_the_limits_of_a_block_are_those_of_its_sm() -> None:
     """A block may have all of an SM's shared memory but what the system takes."""
     for arch, (sm_shared, _) in SM_LIMITS.items():
-        limit = heuristics.SHARED_LIMIT[heuristics.tile_class(arch)]
+        limit = tiles.SHARED_LIMIT[tiles.tile_class(arch)]
         assert limit == sm_shared - RESERVED_BYTES, arch
 
 
@@ -146,7 +199,7 @@ def test_a_changed_layout_does_not_compile(
         mirror.append(("one_more", dtype[0]))
         wrong = ["static assertion failed", f'class "{struct}" has no member "one_more"']
     monkeypatch.setitem(source.DEVICE_STRUCTS, struct, np.dtype(mirror, align=True))
-    config = heuristics.kernel_config(80, "float16", 64, 16, "short")
+    config = tiles.kernel_config(80, "float16", 64, 16, "short")
     with pytest.raises(RuntimeError, match=f"^NVRTC refused {config.name} for sm_80:") as raised:
         kernels.compile_cubin(config, 80)
     assert re.findall(r"error: (.*)", str(raised.value)) == wrong

@@ -17,7 +17,7 @@ import cupaged
 from cupaged import examples, heuristics, schedule
 from cupaged import explain as explain_room
 from cupaged.explain import explain, finish_times, piece_costs
-from cupaged.spec import AttentionSpec, DeviceModel
+from cupaged.spec import HOST_MODEL, AttentionSpec, DeviceModel
 
 
 def build(
@@ -27,18 +27,19 @@ def build(
     heads: tuple[int, int] = (8, 2),
     page_size: int = 16,
     causal: bool = True,
-    num_sms: int = 132,
+    device: DeviceModel = HOST_MODEL,
+    head_dim: int = 128,
     **options: Any,
 ) -> schedule.Schedule:
     qo, kv = np.array(qo_len, np.int32), np.array(kv_len, np.int32)
-    spec = AttentionSpec(*heads, 128, page_size, causal, 0.1, "float16", "NHD")
+    spec = AttentionSpec(*heads, head_dim, page_size, causal, 0.1, "float16", "NHD")
     lengths = schedule.Lengths(
         np.concatenate([[0], qo.cumsum()]).astype(np.int32),
         np.concatenate([[0], (-(-kv // page_size)).cumsum()]).astype(np.int32),
         qo,
         kv,
     )
-    return schedule.build(spec, lengths, DeviceModel(num_sms, 90), **options)
+    return schedule.build(spec, lengths, device, **options)
 
 
 def walk(costs: list[int], grid: int) -> list[int]:
@@ -141,11 +142,13 @@ def test_the_text_says_what_the_plan_is(planned: schedule.Schedule) -> None:
         rows = sum(
             min(
                 int(planned.lengths.qo_len[r]) * planned.spec.gqa_group_size - row,
-                config.cta_tile_q,
+                launch.tile_rows,
             )
             for r, row in tiles
         )
-        assert items[2] == round(100 * rows / (len(tiles) * config.cta_tile_q))
+        assert items[2] == round(100 * rows / (len(tiles) * launch.tile_rows))
+        fewer = f"an item has {launch.tile_rows} of the rows"
+        assert (fewer in text) == (launch.tile_rows < config.cta_tile_q)
         split = [count for count in tiles.values() if count > 1]
         if split:
             words = numbers(section["splits"])
@@ -182,13 +185,57 @@ def test_the_picture_counts_every_thread_block(planned: schedule.Schedule) -> No
 
 
 def test_the_text_names_the_shape_and_why() -> None:
-    mixed = explain(build([1, 700], [90000, 3000]))
+    mixed = explain(build([1, 700], [90000, 3000], disable_split_kv=True))
     assert (
         "rows: for requests of at most 32 (queries x group): reading K and V bounds them" in mixed
     )
-    assert "rows: for requests of more than 32 (queries x group); 32 rows a warp," in mixed
-    assert "ride along" not in mixed
-    assert "2 shorter requests ride along" in explain(build([2000, 4, 4], [2000, 60, 60]))
+    assert "rows: for requests of more than 32 (queries x group); " in mixed
+    assert "along" not in mixed
+    carried = explain(build([1, 700], [90000, 3000]))
+    assert "1 shorter request rides along: few rows cost no more than reading K and V" in carried
+    ampere = explain(build([2000, 4, 4], [2000, 60, 60], device=DeviceModel(100, 80)))
+    assert "2 shorter requests ride along: too little work for a launch of their own" in ampere
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "rows", "why"),
+    [
+        (90, 64, "64 rows a warpgroup,", "which {} warpgroups compute; one more brings Q, K and V"),
+        (
+            90,
+            128,
+            "64 rows a warpgroup,",
+            "which {} warpgroups compute; one more brings Q, K and V",
+        ),
+        (80, 128, "32 rows a warp,", "so that each fragment of K and V feeds two matrix products"),
+        (
+            80,
+            256,
+            "16 rows a warp,",
+            "as the output of more, 256 wide, would not fit the registers",
+        ),
+    ],
+)
+def test_the_text_says_where_a_tile_is_computed(
+    arch: int, head_dim: int, rows: str, why: str
+) -> None:
+    plan = build([700], [3000], device=DeviceModel(100, arch), head_dim=head_dim)
+    (launch,) = plan.launches
+    config = launch.config
+    lines = [line.strip() for line in explain(plan).splitlines()]
+    begin = lines.index(f"rows: for requests of more than 32 (queries x group); {rows}")
+    assert lines[begin + 1] == why.format(config.cta_tile_q // 64)
+    (tile,) = (line for line in lines if line.startswith("tile "))
+    if arch == 90:
+        assert config.num_threads == 2 * config.cta_tile_q + 128
+        stages = f"{config.num_stages} stages of K or V"
+        assert (
+            lines[begin + 2] == f"keys: as many as fit the registers, and leave room for {stages}"
+        )
+    else:
+        stages = f"{config.num_stages} KV stages"
+        assert lines[begin + 2].startswith(f"keys: as many as leave room for {config.num_stages}")
+    assert tile.endswith(stages)
 
 
 @pytest.mark.parametrize(("qo_len", "kv_len"), [([], []), ([0, 0], [7, 0])])

@@ -19,7 +19,7 @@ from gpu_calls import (
 )
 from oracle import Formula
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("family")]
 
 # The empty cases
 

@@ -20,7 +20,7 @@ from gpu_calls import (
 from oracle import Formula
 from small_call import check_error
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("family")]
 
 # Strides and addresses
 

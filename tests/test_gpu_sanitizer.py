@@ -19,10 +19,10 @@ import strategies
 from gpu_calls import planned, schedule_of, to_gpu, to_host
 from oracle import Formula
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("family")]
 
 #: (queries, keys): a decode, a short append, and two of the long shape's tiles with a ragged end.
-LENGTHS = {"short": ([1, 3], [70, 130]), "long": ([45], [150])}
+LENGTHS = {"short": ([1, 3], [70, 130]), "long": ([70], [150])}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,13 @@ def exact_allocations(cp: Any) -> Any:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_kernel_with_and_without_splits(
-    cp: Any, rng: np.random.Generator, dtype: str, head_dim: int, page_size: int, shape: str
+    cp: Any,
+    rng: np.random.Generator,
+    family: str,
+    dtype: str,
+    head_dim: int,
+    page_size: int,
+    shape: str,
 ) -> None:
     qo_len, kv_len = LENGTHS[shape]
     for case, options in enumerate(
@@ -61,8 +67,10 @@ def test_a_kernel_with_and_without_splits(
         formula = Formula(causal=True, sm_scale=(None, -0.1)[case])
         wrapper = planned(batch, formula, **options)
         (launch,) = schedule_of(wrapper).launches
-        assert launch.config.page_aligned == (page_size % launch.config.rows_per_warp == 0)
+        assert launch.config.page_aligned == (page_size % launch.config.page_unit == 0)
         assert (launch.config.cta_tile_q == 16) == (shape == "short")
+        assert launch.config.family == (family if shape == "long" else "prefill_sm80")
+        assert shape == "short" or len(launch.items) > 1
         assert bool(launch.num_merges) == bool(case)
         on_gpu = batch.on(to_gpu)
         out, lse = wrapper.run(on_gpu.q, on_gpu.cache, return_lse=True, **formula.run_options)

@@ -15,7 +15,7 @@ from processes import NO_GPU, run_module, run_python
 
 import cupaged
 from cupaged import __main__ as command
-from cupaged import cuda, info, kernels
+from cupaged import devices, info, kernels
 
 
 class Runtime:
@@ -40,7 +40,7 @@ class Runtime:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
     module = SimpleNamespace(cuda=SimpleNamespace(runtime=Runtime(*capabilities)))
-    monkeypatch.setattr(cuda, "cupy", lambda: module)
+    monkeypatch.setattr(devices, "cupy", lambda: module)
 
 
 def test_info_without_a_gpu(tmp_path: Path) -> None:

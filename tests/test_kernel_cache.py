@@ -14,14 +14,14 @@ import pytest
 from processes import race
 from stand_ins import FakeModule, FakeNvrtc, install
 
-from cupaged import heuristics, kernels, source
+from cupaged import kernels, source, tiles
 from cupaged.errors import BackendUnavailableError
 from cupaged.spec import KernelConfig
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = heuristics.kernel_config(90, "float16", 128, 16, "long")
-OTHER = heuristics.kernel_config(90, "bfloat16", 128, 16, "long")
+CONFIG = tiles.kernel_config(90, "float16", 128, 16, "long")
+OTHER = tiles.kernel_config(90, "bfloat16", 128, 16, "long")
 
 # Keys
 
@@ -257,9 +257,9 @@ def test_another_device_loads_the_compiled_kernel(monkeypatch: pytest.MonkeyPatc
     assert len(FakeModule.loaded) == 2
 
 
-RACE_IMPORTS = "from cupaged import heuristics, kernels"
+RACE_IMPORTS = "from cupaged import kernels, tiles"
 RACE = """
-config = heuristics.kernel_config(90, "float16", 64, 16, "short")
+config = tiles.kernel_config(90, "float16", 64, 16, "short")
 print(kernels.cubin_path(config, 90), flush=True)
 """
 
@@ -271,7 +271,7 @@ def test_two_processes_race_for_one_entry() -> None:
     except BackendUnavailableError as error:
         pytest.skip(str(error))
     found = set(race(RACE_IMPORTS, RACE, 2))
-    config = heuristics.kernel_config(90, "float16", 64, 16, "short")
+    config = tiles.kernel_config(90, "float16", 64, 16, "short")
     assert found == {str(kernels.find_cached(config, 90))}
     assert [str(path) for path in kernels.cache_folder().iterdir()] == list(found)
     assert np.fromfile(found.pop(), "S4", 1)[0] == b"\x7fELF"

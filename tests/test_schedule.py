@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import strategies
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from cupaged import cuda, explain, heuristics, schedule, validate
+from cupaged import device_plan, explain, schedule, tiles, validate
 from cupaged.schedule import Launch, Schedule
 from cupaged.spec import HOST_MODEL, AttentionSpec, DeviceModel
 
@@ -87,10 +86,10 @@ def split_options() -> st.SearchStrategy[dict[str, Any]]:
 
 def tiles_of(launch: Launch) -> dict[tuple[int, int], list[np.void]]:
     """The items of each query tile, by (request, row_begin), in the order of their splits."""
-    tiles: dict[tuple[int, int], list[np.void]] = defaultdict(list)
+    found: dict[tuple[int, int], list[np.void]] = defaultdict(list)
     for item in np.sort(launch.items, order="split"):
-        tiles[int(item["request"]), int(item["row_begin"])].append(item)
-    return tiles
+        found[int(item["request"]), int(item["row_begin"])].append(item)
+    return found
 
 
 def check_coverage(plan: Schedule) -> None:
@@ -106,7 +105,7 @@ def check_coverage(plan: Schedule) -> None:
         for qo, kv in zip(lengths.qo_len, lengths.kv_len, strict=True)
     ]
     for launch in plan.launches:
-        tile_rows = launch.config.cta_tile_q
+        tile_rows = launch.tile_rows
         for item in launch.items:
             count = counts[item["request"]]
             assert 0 <= item["row_begin"] < len(count)
@@ -135,10 +134,10 @@ def test_tiles_and_splits_are_in_order(
     """Each request's rows are tiled once, each tile's keys partitioned by its splits."""
     plan = build(spec, batch, device, **options)
     assert len({launch.config for launch in plan.launches}) == len(plan.launches)
-    assert len(plan.launches) <= len(heuristics.SHAPES)
+    assert len(plan.launches) <= len(tiles.SHAPES)
     tiled: dict[int, list[int]] = defaultdict(list)
     for launch in plan.launches:
-        tile_rows = launch.config.cta_tile_q
+        tile_rows = launch.tile_rows
         for (r, row_begin), items in tiles_of(launch).items():
             tiled[r].append(row_begin)
             qo_len, kv_len = batch[r]
@@ -159,10 +158,8 @@ def test_tiles_and_splits_are_in_order(
 
 
 def tile_rows_of(plan: Schedule, request: int) -> int:
-    """cta_tile_q of the one launch that has items of a request; 0 where it has no rows."""
-    found = [
-        launch.config.cta_tile_q for launch in plan.launches if request in launch.items["request"]
-    ]
+    """Rows of an item of the one launch that has the request's; 0 where it has no rows."""
+    found = [launch.tile_rows for launch in plan.launches if request in launch.items["request"]]
     assert len(found) <= 1, f"request {request} is in {len(found)} launches"
     return found[0] if found else 0
 
@@ -246,12 +243,12 @@ def unsplit(launch: Launch) -> Launch:
         item["kv_end"] = extents[int(item["request"]), int(item["row_begin"])]
     firsts["num_splits"] = 1
     order = np.argsort(-firsts["kv_end"], kind="stable")
-    return replace(launch, items=firsts[order])
+    return launch._replace(item_fields=firsts[order].view(np.int32).reshape(len(order), -1))
 
 
 def predicted_finish(launch: Launch, spec: AttentionSpec, device: DeviceModel) -> float:
     costs = explain.piece_costs(launch, spec.num_kv_heads)
-    return float(explain.finish_times(costs, heuristics.slots(launch.config, device))[-1])
+    return float(explain.finish_times(costs, tiles.slots(launch.config, device))[-1])
 
 
 #: The planner estimates a split's finish by lower bounds, and so may choose one that ends later
@@ -298,7 +295,7 @@ def test_the_largest_lengths_do_not_overflow(options: dict[str, Any], kv_len: in
     for launch in plan.launches:
         for (r, row_begin), items in tiles_of(launch).items():
             qo_len = (1, 300)[r]
-            last_row = min(row_begin + launch.config.cta_tile_q, qo_len) - 1
+            last_row = min(row_begin + launch.tile_rows, qo_len) - 1
             edges = [0] + [int(item["kv_end"]) for item in items]
             assert [item["kv_begin"] for item in items] == edges[:-1]
             assert edges == sorted(edges)
@@ -314,7 +311,7 @@ def test_the_most_rows_do_not_overflow() -> None:
 
 def divide(n: np.ndarray, divisor: int) -> np.ndarray:
     """What `divide` of params.cuh computes, with uint32 operands and results."""
-    multiplier, shift = cuda.magic(divisor)
+    multiplier, shift = device_plan.magic(divisor)
     assert 0 <= multiplier < 2**32
     assert 0 <= shift < 32
     if multiplier == 0:
@@ -352,3 +349,20 @@ def test_magic_divides_exactly_by_small_divisors(rng: np.random.Generator) -> No
 def test_magic_divides_exactly(divisor: int, seed: int) -> None:
     n = dividends(divisor, np.random.default_rng(seed))
     np.testing.assert_array_equal(divide(n, divisor), n // divisor)
+
+
+def test_a_small_batch_has_items_of_one_part() -> None:
+    """Where all run at once: a row too many, or a caller who asks for fixed bits, and none has."""
+    device = DeviceModel(num_sms=12, arch=90)
+    spec = spec_of(num_kv_heads=2)
+
+    def tile_rows(*qo_lens: int, **options: Any) -> int:
+        (launch,) = build(spec, [(n, 300) for n in qo_lens], device, **options).launches
+        assert launch.config.cta_tile_q == 128
+        return launch.tile_rows
+
+    assert tile_rows(128, 100, 128) == 64  # 6 items x 2 heads for 12 SMs
+    assert tile_rows(64, 64, 64, 64, 64, 33) == 64
+    assert tile_rows(128, 100, 129) == 128
+    assert tile_rows(128, 100, 128, disable_split_kv=True) == 128
+    assert tile_rows(128, 100, 128, fixed_split_size=100) == 128

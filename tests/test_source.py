@@ -7,32 +7,42 @@ from pathlib import Path
 
 import pytest
 
-from cupaged import heuristics, kernels, source
-from cupaged.spec import DEVICE_STRUCTS
+from cupaged import kernels, source, tiles
+from cupaged.spec import DEVICE_STRUCTS, KernelConfig
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = heuristics.kernel_config(90, "float16", 128, 16, "long")
-OTHER = heuristics.kernel_config(90, "bfloat16", 128, 16, "long")
+CONFIG = tiles.kernel_config(90, "float16", 128, 16, "long")
+OTHER = tiles.kernel_config(90, "bfloat16", 128, 16, "long")
+FAMILIES = {
+    config.family: config
+    for config in (CONFIG, tiles.kernel_config(80, "float16", 128, 16, "long"))
+}
 
 
-def test_a_rendered_source_is_whole() -> None:
+@pytest.fixture(params=["prefill_sm80", "prefill_sm90"])
+def config(request: pytest.FixtureRequest) -> KernelConfig:
+    """One of each family of kernels."""
+    return FAMILIES[request.param]
+
+
+def test_a_rendered_source_is_whole(config: KernelConfig) -> None:
     """One text, with no file left to include and every header in it once."""
-    text = source.render(CONFIG)
+    text = source.render(config)
     assert not re.search(r"^\s*#\s*include", text, re.MULTILINE)
     for header in source.folder().glob("*.cuh"):
         begins = re.findall(rf'^#line 1 "{header.name}"$', text, re.MULTILINE)
         assert len(begins) <= 1, header.name
-    assert '#line 1 "prefill_sm80.cu"' in text
+    assert f'#line 1 "{config.family}.cu"' in text
     assert "__global__" in text
     assert kernels.KERNEL_NAME in text
 
 
-def test_line_directives_point_at_the_real_lines() -> None:
+def test_line_directives_point_at_the_real_lines(config: KernelConfig) -> None:
     """Whatever the compiler says of a line is found there in the file that it names."""
     name, number = "", 0
     checked = 0
-    for line in source.render(CONFIG).splitlines():
+    for line in source.render(config).splitlines():
         directive = re.match(r'^#line (\d+) "(.+)"$', line)
         if directive:
             number, name = int(directive[1]), directive[2]
@@ -53,11 +63,15 @@ def test_constants_of_a_configuration_are_in_its_prologue() -> None:
         f"constexpr int CTA_TILE_Q = {CONFIG.cta_tile_q};",
         f"constexpr int CTA_TILE_KV = {CONFIG.cta_tile_kv};",
         f"constexpr int NUM_THREADS = {CONFIG.num_threads};",
-        "constexpr bool PAGE_ALIGNED = true;",
+        f"constexpr int NUM_Q_STAGES = {CONFIG.num_q_stages};",
+        f"constexpr int SHARED_BYTES = {CONFIG.shared_bytes};",
+        "#define CUPAGED_PAGE_ALIGNED 1",
         "#define CUPAGED_BFLOAT16 0",
     ):
         assert constant in text
     assert "#define CUPAGED_BFLOAT16 1" in source.prologue(OTHER)
+    by_key = tiles.kernel_config(90, "float16", 128, 1, "long")
+    assert "#define CUPAGED_PAGE_ALIGNED 0" in source.prologue(by_key)
 
 
 def test_device_structs_are_checked_field_by_field() -> None:
@@ -91,22 +105,20 @@ def test_sources_inside_the_package_come_first(
     assert source.folder() == package / "kernels_cu"
 
 
-@pytest.mark.parametrize("arch", [*sorted(heuristics._SHARED_CLASS), 130])
+@pytest.mark.parametrize("arch", [*sorted(tiles._CLASS), 130])
 def test_configurations_fit_their_architecture(arch: int) -> None:
     configs = list(kernels.configurations(arch))
-    # Two dtypes, three head dims, two shapes, two ways to look pages up; on Hopper one more tile
-    # for pages of 8.
-    count = 26 if heuristics.tile_class(arch) == "sm90" else 24
-    assert len({config.name for config in configs}) == len(set(configs)) == len(configs) == count
+    # Two dtypes, three head dims, two shapes, two ways to look pages up.
+    assert len({config.name for config in configs}) == len(set(configs)) == len(configs) == 24
     for page_size in range(1, 70):
         for config in configs:
-            for shape in heuristics.SHAPES:
-                chosen = heuristics.kernel_config(
-                    arch, config.dtype, config.head_dim, page_size, shape
-                )
+            for shape in tiles.SHAPES:
+                chosen = tiles.kernel_config(arch, config.dtype, config.head_dim, page_size, shape)
                 assert chosen in configs
-                assert chosen.page_aligned == (page_size % chosen.rows_per_warp == 0)
-    limit = heuristics.SHARED_LIMIT[heuristics.tile_class(arch)]
+                assert chosen.page_aligned == (page_size % chosen.page_unit == 0)
+                warpgroups = shape == "long" and arch == 90
+                assert chosen.family == ("prefill_sm90" if warpgroups else "prefill_sm80")
+    limit = tiles.SHARED_LIMIT[tiles.tile_class(arch)]
     for config in configs:
         assert config.shared_bytes <= limit
         assert config.num_threads <= 1024

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from stand_ins import FakeNvrtc, install, uninstall_cupy
 
-from cupaged import cuda, heuristics, kernels
+from cupaged import devices, kernels, tiles
 from cupaged.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = heuristics.kernel_config(90, "float16", 128, 16, "long")
+CONFIG = tiles.kernel_config(90, "float16", 128, 16, "long")
 NVRTC_WHEELS = "nvidia-cuda-nvrtc-cu12 (for cupy-cuda12x) or nvidia-cuda-nvrtc (cupy-cuda13x)"
 
 
@@ -32,7 +32,7 @@ def test_no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
         "or pass host arrays to use the reference backend"
     )
     check_unavailable(message, kernels.nvrtc)
-    check_unavailable(message, cuda.cupy)
+    check_unavailable(message, devices.cupy)
 
 
 def test_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     check_unavailable(
         "the CUDA backend finds no usable GPU (cudaErrorInsufficientDriver: too old): install an "
         "NVIDIA driver, or pass host arrays to use the reference backend",
-        cuda.cupy,
+        devices.cupy,
     )
 
 
@@ -101,7 +101,7 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = install(monkeypatch, FakeNvrtc())
     cupy.cuda.runtime = fake_runtime(getDeviceCount=lambda: 0)
     check_unavailable(
-        "the CUDA backend finds no GPU: pass host arrays to use the reference backend", cuda.cupy
+        "the CUDA backend finds no GPU: pass host arrays to use the reference backend", devices.cupy
     )
 
 
@@ -114,12 +114,12 @@ def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     check_unavailable(
         "cuda:1 (Tesla T4) has compute capability 7.5, expected at least 8.0: "
         "pass host arrays to use the reference backend",
-        cuda.device_model,
+        devices.device_model,
         1,
     )
     properties |= {"major": 8, "minor": 9}
-    assert cuda.device_model(0).arch == 89
-    assert cuda.device_model(0).num_sms == 40
+    assert devices.device_model(0).arch == 89
+    assert devices.device_model(0).num_sms == 40
 
 
 def test_an_error_is_no_answer_to_remember(monkeypatch: pytest.MonkeyPatch) -> None:

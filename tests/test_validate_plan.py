@@ -335,6 +335,29 @@ def test_a_plan_that_fails_leaves_the_earlier_one(
     assert before.tobytes() == wrapper.run(batch.q, batch.cache).tobytes()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"causal": 0}, "causal is an int, expected a bool"),
+        ({"num_kv_heads": 2.0}, "num_kv_heads is a float, expected an int"),
+        ({"page_size": [16]}, "page_size is a list, expected an int"),
+    ],
+)
+def test_a_call_like_one_that_was_planned_is_checked(changes: dict[str, Any], message: str) -> None:
+    """Arguments are remembered; ones that equal them, and are of another type, are not theirs."""
+    arguments = plan_arguments(num_kv_heads=2, page_size=16, causal=False)
+    wrapper = Wrapper(backend="reference")
+    wrapper.plan(**arguments)
+    check_error(TypeError, message, wrapper.plan, **arguments | changes)
+
+
+def test_a_scale_that_changes_in_place_is_read_again() -> None:
+    scale = np.array(0.5)
+    assert planned(sm_scale=scale)._plan.schedule.spec.sm_scale == 0.5
+    scale[...] = 0.25
+    assert planned(sm_scale=scale)._plan.schedule.spec.sm_scale == 0.25
+
+
 def test_the_largest_numbers_are_taken() -> None:
     """One page that holds as many tokens as a call may have, and splits as long as that."""
     planned(

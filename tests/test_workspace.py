@@ -18,7 +18,7 @@ from small_call import (
 def test_another_workspace_is_taken_by_the_next_plan_alone(rng: np.random.Generator) -> None:
     """What was planned keeps its own, also where a later plan is refused."""
     batch = batches.build(rng, [40, 1], [500, 300], group=2)
-    wrapper = Wrapper(np.zeros(1 << 20, np.uint8), backend="reference")
+    wrapper = Wrapper(np.zeros(1 << 22, np.uint8), backend="reference")
     batch.plan(wrapper, fixed_split_size=3)
     oracle.check_all(batch, Formula(), *wrapper.run(batch.q, batch.cache, return_lse=True))
     needed = wrapper._plan.schedule.workspace_bytes

@@ -1,0 +1,110 @@
+"""Which kernel serves a shape of query tile on which GPU: families, tile sizes, pipeline depths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
+
+from cupaged.spec import DeviceModel, KernelConfig
+
+Shape = Literal["long", "short"]
+SHAPES: tuple[Shape, ...] = ("long", "short")
+
+#: Compute capability → class of tiles: "sm90" and "large" have 227 KiB of shared memory a block,
+#: "medium" 163, "small" 99 (CUDA C++ Programming Guide, "Technical Specifications per Compute
+#: Capability"); "sm90" has kernels of its own.
+_CLASS = {
+    80: "medium", 86: "small", 87: "medium", 89: "small",
+    90: "sm90", 100: "large", 103: "large", 110: "large", 120: "small", 121: "small",
+}  # fmt: skip
+
+#: The most dynamic shared memory a block of each class may ask for, in bytes.
+SHARED_LIMIT = {"sm90": 227 * 1024, "large": 227 * 1024, "medium": 163 * 1024, "small": 99 * 1024}
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    cta_tile_q: int
+    cta_tile_kv: int
+    warps_q: int
+    warps_kv: int
+    num_stages: int
+    ctas_per_sm: int
+    family: str = "prefill_sm80"
+    num_q_stages: int = 1
+
+
+# "long" of the sm_80 family: rows are divided over the warps. At head_dim 64 and 128 each warp
+# takes 32 rows, so that every fragment of K and V read from shared memory feeds two matrix
+# products; with 16 rows the reads, 128 bytes a clock, would bound the kernel. At 256 the output of
+# 32 rows does not fit the registers, so eight warps take 16 each. Two blocks an SM cover each
+# other's softmax and barriers.
+# "long" of the sm_90 family: a warpgroup computes 64 rows, and what its registers and the shared
+# memory hold decides the keys of a tile.
+# "short": 16 rows, the keys divided over the warps: decoding and very short queries are bound by
+# the reading of K and V, so the tile is as short as the matrix unit allows and the stages deep.
+_TILES: dict[tuple[str, int, Shape], _Tile] = {
+    ("sm90", 64, "long"): _Tile(192, 128, 12, 1, 6, 1, "prefill_sm90", 2),
+    ("sm90", 128, "long"): _Tile(128, 128, 8, 1, 5, 1, "prefill_sm90", 2),
+    ("sm90", 256, "long"): _Tile(128, 80, 8, 1, 4, 1, "prefill_sm90"),
+    ("sm90", 64, "short"): _Tile(16, 64, 1, 4, 4, 3),
+    ("sm90", 128, "short"): _Tile(16, 64, 1, 4, 3, 2),
+    ("sm90", 256, "short"): _Tile(16, 64, 1, 4, 3, 1),
+    ("large", 64, "long"): _Tile(128, 64, 4, 1, 2, 2),
+    ("large", 128, "long"): _Tile(128, 32, 4, 1, 3, 2),
+    ("large", 256, "long"): _Tile(128, 32, 8, 1, 2, 1),
+    ("large", 64, "short"): _Tile(16, 64, 1, 4, 4, 3),
+    ("large", 128, "short"): _Tile(16, 64, 1, 4, 3, 2),
+    ("large", 256, "short"): _Tile(16, 64, 1, 4, 3, 1),
+    ("medium", 64, "long"): _Tile(128, 64, 4, 1, 2, 2),
+    ("medium", 128, "long"): _Tile(128, 32, 4, 1, 2, 2),
+    ("medium", 256, "long"): _Tile(128, 32, 8, 1, 2, 1),
+    ("medium", 64, "short"): _Tile(16, 64, 1, 4, 3, 3),
+    ("medium", 128, "short"): _Tile(16, 64, 1, 4, 2, 2),
+    ("medium", 256, "short"): _Tile(16, 64, 1, 4, 2, 1),
+    ("small", 64, "long"): _Tile(128, 64, 4, 1, 2, 2),
+    ("small", 128, "long"): _Tile(128, 32, 4, 1, 3, 1),
+    ("small", 256, "long"): _Tile(64, 32, 4, 1, 2, 1),
+    ("small", 64, "short"): _Tile(16, 64, 1, 4, 2, 2),
+    ("small", 128, "short"): _Tile(16, 64, 1, 4, 2, 1),
+    ("small", 256, "short"): _Tile(16, 32, 1, 2, 2, 1),
+}
+
+#: Page sizes that between them ask for every configuration there is.
+TYPICAL_PAGE_SIZES = (16, 8, 1)
+
+
+def tile_class(arch: int) -> str:
+    """Class of tiles of compute capability `arch` (major * 10 + minor).
+
+    A capability newer than the table gets the smallest class, which fits everywhere.
+    """
+    return _CLASS.get(arch, "small")
+
+
+@cache
+def kernel_config(
+    arch: int, dtype: str, head_dim: int, page_size: int, shape: Shape
+) -> KernelConfig:
+    """The kernel that serves a shape of query tile on compute capability `arch`."""
+    tile = _TILES[tile_class(arch), head_dim, shape]
+    config = KernelConfig(
+        family=tile.family,
+        dtype=dtype,
+        head_dim=head_dim,
+        cta_tile_q=tile.cta_tile_q,
+        cta_tile_kv=tile.cta_tile_kv,
+        warps_q=tile.warps_q,
+        warps_kv=tile.warps_kv,
+        num_stages=tile.num_stages,
+        num_q_stages=tile.num_q_stages,
+        ctas_per_sm=tile.ctas_per_sm,
+        page_aligned=True,
+    )
+    return config if page_size % config.page_unit == 0 else replace(config, page_aligned=False)
+
+
+def slots(config: KernelConfig, device: DeviceModel) -> int:
+    """Thread blocks of a kernel that run at once on a device: its persistent grid."""
+    return config.ctas_per_sm * device.num_sms

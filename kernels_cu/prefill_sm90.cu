@@ -1,0 +1,308 @@
+// Attention of a ragged batch over a paged key/value cache, for sm_90a: wgmma, the copy engine,
+// and warpgroups with roles of their own.
+//
+// A persistent grid of one block an SM walks the planner's work items, as in prefill_sm80.cu. One
+// warpgroup brings the data; each of the others computes 64 of the tile's rows. A warpgroup issues
+// the next tile's Q.K^T before this tile's P.V, and does the next softmax while the second is
+// under way; and the warpgroups take turns, so that one's softmax is under the other's products
+// (Shah et al. 2024, "FlashAttention-3").
+#include "policy.cuh"
+
+#include "producer_sm90.cuh"
+#include "results.cuh"
+
+using Logits = float[1][CTA_TILE_KV / 8][4];
+using Weights = Pair[CTA_TILE_KV / 16][4];  // P as the A operand of each 16 keys
+
+// Blocks of 16 keys whose weights are computed while the product with the last tile's is under way,
+// which holds the registers that they go to: as many as find room elsewhere.
+constexpr int EARLY_BLOCKS = HEAD_DIM == 128 ? 4 : 0;
+
+// The right to issue products, which the consumers hand around.
+struct Turn {
+    int consumer;
+
+    __device__ __forceinline__ void take() const {
+        named_barrier_sync(turn_barrier(consumer), 2 * WARPGROUP);
+    }
+    __device__ __forceinline__ void pass() const {
+        const int next = consumer == NUM_CONSUMERS - 1 ? 0 : consumer + 1;
+        named_barrier_arrive(turn_barrier(next), 2 * WARPGROUP);
+    }
+};
+
+// Starts s = Q . K^T. q: the warpgroup's 64 rows; k: the tile.
+__device__ __forceinline__ void start_qk(Logits& s, u64 q, u64 k) {
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM / 16; ++d) {
+        const int step = (d / 4 * PANEL_BYTES + d % 4 * 32) >> 4;
+        wgmma(s[0], q + step, k + step, d > 0);
+    }
+}
+
+// Starts o = P . V, or o += where `accumulate` isn't 0.
+__device__ __forceinline__ void start_pv(Output& o, const Weights& weights, u64 v, int accumulate) {
+#pragma unroll
+    for (int n = 0; n < CTA_TILE_KV / 16; ++n)
+        wgmma(o[0], weights[n], v + (n * 2 * GROUP_BYTES >> 4), n > 0 ? 1 : accumulate);
+}
+
+__device__ __forceinline__ void pack(Weights& weights, const Logits& s) {
+#pragma unroll
+    for (int n = 0; n < CTA_TILE_KV / 16; ++n)
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+            weights[n][c] = pack_pair(s[0][2 * n + c / 2][c % 2 * 2], s[0][2 * n + c / 2][c % 2 * 2 + 1]);
+}
+
+// The softmax of a tile in the hope that no row's maximum has grown beyond the threshold, as most
+// tiles' have not: weights relative to the maxima so far need no maximum of the tile. A lane's sum of
+// weights shows where the hope was in vain, or where a row has seen no key before and has no maximum:
+// either makes it large or NaN. The logits are still there then.
+struct Speculation {
+    float scale, shift[2];
+    float sum[2] = {};
+
+    __device__ __forceinline__ Speculation(const SoftmaxState& state, float scale)
+        : scale(scale), shift{state.max[0][0] * scale, state.max[0][1] * scale} {}
+
+    // The weights of 16 keys, in pairs: [rows lane / 4 and lane / 4 + 8, twice][two neighbours].
+    __device__ __forceinline__ void weigh(const Logits& s, int n, float (&pairs)[4][2]) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                pairs[c][i] = exp2_approx(s[0][2 * n + c / 2][c % 2 * 2 + i] * scale - shift[c % 2]);
+            sum[c % 2] += pairs[c][0] + pairs[c][1];
+        }
+    }
+
+    // Whether it was right for all of the warp's rows; then the sums are added to the state's.
+    __device__ __forceinline__ bool holds(SoftmaxState& state) const {
+        constexpr float LARGE = 1 << static_cast<int>(RESCALE_THRESHOLD);
+        if (__any_sync(~0u, !(sum[0] <= LARGE) || !(sum[1] <= LARGE))) return false;
+        state.sum[0][0] += sum[0];
+        state.sum[0][1] += sum[1];
+        return true;
+    }
+};
+
+__device__ __forceinline__ void pack(Pair (&weights)[4], const float (&pairs)[4][2]) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) weights[c] = pack_pair(pairs[c][0], pairs[c][1]);
+}
+
+// A consumer's places in the rings, which outlast a piece of work.
+struct Consumer {
+    const Params& p;
+    Barriers& barriers;
+    u32 q_tiles, kv_tiles;
+    Turn turn;
+    PlaceKv at;      // of the tile in the ring that is released next
+
+    // Found anew where they are needed: the loop over the keys has no registers for them.
+    __device__ __forceinline__ int lane() const { return lane_index(); }
+    __device__ __forceinline__ int first_row() const { return (thread_index() - WARPGROUP) / WARP_SIZE * 16; }
+
+    // Waits for the tile of a stage; its descriptor.
+    __device__ __forceinline__ u64 wait_tile(PlaceKv place) const {
+        wait_full(barriers.kv_full, place.stage, place.round);
+        if (!CUPAGED_PAGE_ALIGNED) fence_async_proxy();  // cp.async wrote as ordinary stores do
+        return tile_descriptor(kv_tiles + place.stage * TILE_KV_BYTES);
+    }
+    __device__ __forceinline__ void release() {
+        arrive_warp(&barriers.kv_empty[at.stage], lane());
+        at.advance();
+    }
+
+    // Goes through the tiles of a piece of work none of whose rows are this warpgroup's.
+    __device__ __forceinline__ void skip(const Item& item) {
+#pragma unroll 1
+        for (int tiles = num_kv_tiles(item); tiles > 0; --tiles) {
+            turn.take();
+            turn.pass();
+#pragma unroll 1
+            for (int i = 0; i < 2; ++i) {
+                wait_tile(at);
+                release();
+            }
+        }
+    }
+
+    // The loop over the keys, for one KV head: what the warp has of the output and softmax.
+    __device__ __forceinline__ void attend(const Work& work, int q_stage, Output& o,
+                                           SoftmaxState& state) {
+        const RowMap rows(p, work);
+        const Visibility visible(p, work);
+        const float scale = p.logit_scale;
+        int tiles = num_kv_tiles(work.item);
+        int begin = work.item.kv_begin + (tiles - 1) * CTA_TILE_KV;  // of the tile at hand
+        const int fewest_keys = visible.kv_end(rows.query(first_row()));
+        u64 q = tile_descriptor(q_tiles + q_stage * TILE_Q_BYTES + turn.consumer * 64 * ROW_BYTES);
+
+        Logits s;
+        Weights weights;
+        float factor[1][2];
+        // What becomes of a tile's products before they are weights.
+        const auto prepare = [&] {
+            if (p.negate_logits) negate(s);
+            if (begin + CTA_TILE_KV > fewest_keys) visible.mask(s, rows, first_row(), begin, lane());
+        };
+
+        const u64 first_k = wait_tile(at);
+        turn.take();
+        wgmma_fence();
+        start_qk(s, q, first_k);
+        wgmma_commit();
+        turn.pass();
+        wgmma_wait<0>();
+        pin(s[0]);
+        release();
+        prepare();
+        state.raise(s, scale, factor);
+        state.weigh(s, scale);
+        pack(weights, s);
+
+        int accumulate = 0;
+#pragma unroll 1
+        while (--tiles > 0) {
+            begin -= CTA_TILE_KV;
+            hide(q);  // else the descriptor of each step is kept, which takes too many registers
+            const u64 k = wait_tile(at);
+            turn.take();
+            wgmma_fence();
+            start_qk(s, q, k);
+            wgmma_commit();
+            PlaceKv after = at;
+            after.advance();
+            const u64 v = wait_tile(after);
+            wgmma_fence();
+            start_pv(o, weights, v, accumulate);
+            wgmma_commit();
+            turn.pass();
+            accumulate = 1;
+            wgmma_wait<1>();
+            pin(s[0]);
+            release();
+            prepare();
+            Speculation speculation(state, scale);
+            float early[EARLY_BLOCKS + 1][4][2];  // C++ has no array of none
+#pragma unroll
+            for (int n = 0; n < EARLY_BLOCKS; ++n) speculation.weigh(s, n, early[n]);
+            wgmma_wait<0>();
+            pin(o[0]);
+            release();
+#pragma unroll
+            for (int n = 0; n < EARLY_BLOCKS; ++n) pack(weights[n], early[n]);
+#pragma unroll
+            for (int n = EARLY_BLOCKS; n < CTA_TILE_KV / 16; ++n) {
+                float late[4][2];
+                speculation.weigh(s, n, late);
+                pack(weights[n], late);
+            }
+            if (!speculation.holds(state)) {
+                if (state.raise(s, scale, factor)) rescale(o, factor);
+                state.weigh(s, scale);
+                pack(weights, s);
+            }
+        }
+        const u64 last_v = wait_tile(at);
+        wgmma_fence();
+        start_pv(o, weights, last_v, accumulate);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(o[0]);
+        release();
+        state.finish(o, scale, work.item.num_splits == 1 ? p.v_scale : 1.0f);
+    }
+
+    // Writes what attend() found: the result, or the split's partial state, and merges the splits
+    // of the warpgroup's rows where this one ends last.
+    __device__ __forceinline__ void store(const Work& work, char* q_tile, const Output& o,
+                                          const SoftmaxState& state, int* is_last) {
+        const auto sync = [&] { named_barrier_sync(consumer_barrier(turn.consumer), WARPGROUP); };
+        const int num_splits = work.item.num_splits;
+        if (num_splits == 1) {
+            sync();  // the warpgroup has read its last of Q
+            write_rows(RowMap(p, work), o, state, 1.0f, q_tile, first_row(), lane());
+            return;
+        }
+        const PartialState partial(p, work.item.first_partial + work.item.split, work.kv_head);
+        write_state(partial.out, partial.lse, o, state, first_row(), lane());
+        const i64 merge = static_cast<i64>(work.item.merge) * p.num_kv_heads + work.kv_head;
+        const int thread = thread_index() % WARPGROUP;
+        if (is_last_split(p.merge_counters + merge * NUM_CONSUMERS + turn.consumer, num_splits,
+                          thread == 0, is_last, sync))
+            merge_partials<64, WARPGROUP>(p, work, turn.consumer * 64, thread);
+    }
+};
+
+__device__ __forceinline__ void init_barriers(Barriers& barriers) {
+    for (int i = 0; i < NUM_WORK_STAGES; ++i) {
+        mbarrier_init(shared_address(&barriers.work_full[i]), 1);
+        mbarrier_init(shared_address(&barriers.work_empty[i]), NUM_WARPS + KV_WARPS);
+    }
+    for (int i = 0; i < NUM_Q_STAGES; ++i) {
+        mbarrier_init(shared_address(&barriers.q_full[i]), Q_WARPS * WARP_SIZE);
+        mbarrier_init(shared_address(&barriers.q_empty[i]), NUM_WARPS);
+    }
+    for (int i = 0; i < NUM_STAGES; ++i) {
+        mbarrier_init(shared_address(&barriers.kv_full[i]), KV_ARRIVALS);
+        mbarrier_init(shared_address(&barriers.kv_empty[i]), NUM_WARPS);
+    }
+    for (u64& tail : barriers.v_tail) mbarrier_init(shared_address(&tail), 1);
+    fence_mbarrier_init();
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
+    cupaged_prefill(const __grid_constant__ Params p, const __grid_constant__ TensorMap k_map,
+                    const __grid_constant__ TensorMap v_map) {
+    // Q [NUM_Q_STAGES] tiles, K and V [NUM_STAGES] tiles, Control.
+    extern __shared__ __align__(1024) char shared[];
+    const u32 q_tiles = shared_address(shared);
+    const u32 kv_tiles = q_tiles + NUM_Q_STAGES * TILE_Q_BYTES;
+    constexpr int TILES_BYTES = NUM_Q_STAGES * TILE_Q_BYTES + NUM_STAGES * TILE_KV_BYTES;
+    Control& control = *reinterpret_cast<Control*>(shared + TILES_BYTES);
+    static_assert(TILES_BYTES + sizeof(Control) <= SHARED_BYTES, "KernelConfig.shared_bytes");
+
+    const int warp = warp_index();
+    if (warp < NUM_PRODUCER_WARPS) {
+        const int lane = lane_index();
+        if (warp == 0 && lane == 0) init_barriers(control.barriers);
+        if (CUPAGED_PAGE_ALIGNED && warp == 1 && lane == 0) {
+            prefetch_tensor_map(&k_map);
+            prefetch_tensor_map(&v_map);
+        }
+        Claims claims(p, warp == FIRST_Q_WARP, lane);
+        __syncthreads();  // the barriers are initialised
+        give_registers<PRODUCER_REGISTERS>();
+        produce(p, &k_map, &v_map, claims, control, q_tiles, kv_tiles, warp, lane);
+    } else {
+        __syncthreads();  // the barriers are initialised
+        take_registers<CONSUMER_REGISTERS>();
+        const int consumer = warp / 4 - 1;
+        Consumer me{p, control.barriers, q_tiles, kv_tiles, Turn{consumer}};
+        if (consumer == NUM_CONSUMERS - 1) me.turn.pass();  // the first one's first turn
+        PlaceQ q_at;
+        for (PlaceWork at;; at.advance(), q_at.advance()) {
+            wait_full(control.barriers.work_full, at.stage, at.round);
+            const Work& work = control.work[at.stage];
+            if (work.kv_head < 0) break;
+            wait_full(control.barriers.q_full, q_at.stage, q_at.round);
+            fence_async_proxy();  // cp.async wrote Q as ordinary stores do
+            if (!RowMap(p, work).valid(consumer * 64)) {
+                me.skip(work.item);
+            } else if (num_kv_tiles(work.item) == 0) {
+                write_empty(RowMap(p, work), me.first_row(), me.lane());
+            } else {
+                Output o;
+                SoftmaxState state;
+                me.attend(work, q_at.stage, o, state);
+                me.store(work, shared + q_at.stage * TILE_Q_BYTES, o, state,
+                         &control.is_last_split[consumer]);
+            }
+            arrive_warp(&control.barriers.q_empty[q_at.stage], me.lane());
+            arrive_warp(&control.barriers.work_empty[at.stage], me.lane());
+        }
+    }
+}
