@@ -25,7 +25,7 @@ MAPS_BEGIN = PARAMS_BEGIN + PARAMS_DTYPE.itemsize
 _ARGUMENT_BYTES = MAPS_BEGIN + 2 * TENSOR_MAP_BYTES
 _POINTERS = struct.Struct("3Q")
 # The fields of PARAMS_DTYPE that a plan decides, in their order: seven pointers and nine numbers.
-_PLAN = struct.Struct("7Q6i4I")
+_PLAN = struct.Struct("7Q5i4I")
 _PLAN_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "requests")
 
 #: Parts of the uploaded block begin at multiples of this many int32.
@@ -251,6 +251,5 @@ def _parameters(
         counters + 2 * 4,
         counters,
         len(launch.item_fields),
-        launch.tile_rows,
         *_numbers(spec),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 
 import numpy as np
@@ -138,8 +139,8 @@ def _launch_lines(schedule: Schedule, launch: Launch) -> list[str]:
     first_splits = launch.items[launch.items["split"] == 0]
     request = first_splits["request"]
     packed_len = schedule.lengths.qo_len[request] * spec.gqa_group_size
-    rows = np.minimum(packed_len - first_splits["row_begin"], launch.tile_rows)
-    used = float(rows.sum()) / (len(rows) * launch.tile_rows)
+    rows = np.minimum(packed_len - first_splits["row_begin"], config.cta_tile_q)
+    used = float(rows.sum()) / (len(rows) * config.cta_tile_q)
     costs = piece_costs(launch, spec.num_kv_heads)
     finish = finish_times(costs, launch.grid)
     last, mean = float(finish[-1]), float(finish.mean())
@@ -195,10 +196,10 @@ def _reasons(
     """Why the launch's tiles have the shape they have."""
     config, spec = launch.config, schedule.spec
     limit = heuristics.SHORT_MAX_ROWS
-    short = tiles.kernel_config(
-        schedule.device.arch, spec.dtype, spec.head_dim, spec.page_size, "short"
+    kernel_of = functools.partial(
+        tiles.kernel_config, schedule.device.arch, spec.dtype, spec.head_dim, spec.page_size
     )
-    if config == short:
+    if config == kernel_of("short"):
         return [
             f"rows: for requests of at most {limit} (queries x group): reading K and V bounds them",
             f"keys: divided over {config.warps_kv} warps; {config.num_stages} stages keep loads "
@@ -211,6 +212,8 @@ def _reasons(
             f"which {_count(config.warps_q // 4, 'warpgroup')} compute; one more brings Q, K and V"
         )
         keys = f"fit the registers, and leave room for {_stages(config)}"
+        if config != kernel_of("long"):
+            keys = f"pay where no request has more than {heuristics.BRIEF_MAX_KEYS}"
     else:
         per_warp = config.cta_tile_q // config.warps_q
         rows = f"{per_warp} rows a warp,"
@@ -224,8 +227,6 @@ def _reasons(
         f"      {why_rows}",
         f"keys: as many as {keys}",
     ]
-    if launch.tile_rows < config.cta_tile_q:
-        reasons.append(f"an item has {launch.tile_rows} of the rows: so many blocks run at once")
     riding = len(np.unique(request[packed_len <= limit]))
     if riding:
         if config.carries_short:

@@ -80,7 +80,7 @@ class _Tile:
         self.cta_tile_kv = launch.config.cta_tile_kv
         self.kv_begin, self.kv_end = int(item["kv_begin"]), int(item["kv_end"])
         self.page_begin = int(request["page_begin"])
-        end = min(int(item["row_begin"]) + launch.tile_rows, qo_len * spec.gqa_group_size)
+        end = min(int(item["row_begin"]) + launch.config.cta_tile_q, qo_len * spec.gqa_group_size)
         packed = np.arange(int(item["row_begin"]), end)
         query, group_head = np.divmod(packed, spec.gqa_group_size)
         heads = np.arange(spec.num_kv_heads)[:, None] * spec.gqa_group_size

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cupaged import heuristics
 from cupaged.spec import ITEM_DTYPE, REQUEST_DTYPE, AttentionSpec, DeviceModel, KernelConfig
-from cupaged.tiles import kernel_config, slots
+from cupaged.tiles import Shape, kernel_config, slots
 
 IntArray = npt.NDArray[np.int32]
 
@@ -52,8 +52,6 @@ class Launch(NamedTuple):
     config : KernelConfig
     item_fields : int32 [num_items, fields of ITEM_DTYPE]
         Longest first. Every item stands for `num_kv_heads` pieces of work, one a KV head.
-    tile_rows : int
-        Packed rows of an item, at most `cta_tile_q`.
     grid : int
         Thread blocks. Block `b` begins with piece `b`; whoever is done takes the next one.
         Piece `w` is item `w // num_kv_heads` for KV head `w % num_kv_heads`.
@@ -65,7 +63,6 @@ class Launch(NamedTuple):
 
     config: KernelConfig
     item_fields: IntArray
-    tile_rows: int
     grid: int
     num_partials: int
     num_merges: int
@@ -167,15 +164,12 @@ def build(
             by_request,
         )
         for shape, chosen in members.items():
+            if shape == "long" and not by_request:
+                shape = _long_or_brief(spec, lengths, long_config, device)
             config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, shape)
             num_slots = slots(config, device)
-            tile_rows = heuristics.tile_rows(
-                config, packed_len, chosen, spec.num_kv_heads, num_slots, by_request
-            )
-            one_each = fewest > 0 and most <= tile_rows
-            tiles, kv_tiles = _query_tiles(
-                spec, lengths, packed_len, chosen, one_each, tile_rows, config.cta_tile_kv
-            )
+            one_each = fewest > 0 and most <= config.cta_tile_q
+            tiles, kv_tiles = _query_tiles(spec, lengths, packed_len, chosen, one_each, config)
             order = _longest_first(kv_tiles)
             if fixed_split_size is not None:
                 split_size = min(fixed_split_size * spec.page_size, _MAX_SPLIT)
@@ -184,8 +178,7 @@ def build(
             else:
                 split_size = heuristics.choose_split(kv_tiles, order, spec.num_kv_heads, num_slots)
                 split_size = split_size and split_size * config.cta_tile_kv
-            tiles = tiles.take(order, axis=0)
-            launches.append(_launch(spec, config, tiles, tile_rows, split_size, num_slots))
+            launches.append(_launch(spec, config, tiles.take(order, axis=0), split_size, num_slots))
     return Schedule(
         spec,
         device,
@@ -208,14 +201,28 @@ def rebuild(schedule: Schedule, device: DeviceModel) -> Schedule:
     )
 
 
+def _long_or_brief(
+    spec: AttentionSpec, lengths: Lengths, long_config: KernelConfig, device: DeviceModel
+) -> Shape:
+    """Which of the two a batch takes."""
+    kv_len = lengths.kv_len
+    brief = heuristics.is_brief(
+        int(kv_len[kv_len.argmax()]),
+        lengths.nnz_qo * spec.gqa_group_size,
+        len(kv_len),
+        long_config,
+        slots(long_config, device) // spec.num_kv_heads,
+    )
+    return "brief" if brief else "long"
+
+
 def _query_tiles(
     spec: AttentionSpec,
     lengths: Lengths,
     packed_len: IntArray,
     chosen: npt.NDArray[np.intp] | None,
     one_each: bool,
-    tile_rows: int,
-    cta_tile_kv: int,
+    config: KernelConfig,
 ) -> tuple[IntArray, IntArray]:
     """The query tiles of the chosen requests, of all where None, request after request.
 
@@ -228,6 +235,7 @@ def _query_tiles(
     kv_tiles : int32 [tiles]
         Their KV tiles.
     """
+    cta_tile_q = config.cta_tile_q
     qo_len, extent = lengths.qo_len, lengths.kv_len
     if chosen is not None:
         packed_len, qo_len, extent = packed_len[chosen], qo_len[chosen], extent[chosen]
@@ -238,32 +246,31 @@ def _query_tiles(
     tiles[:, _KV_END] = extent
     tiles[:, _NUM_SPLITS] = 1
     if not one_each:
-        counts = _ceil_div(packed_len, tile_rows)
+        counts = _ceil_div(packed_len, cta_tile_q)
         ends = np.add.accumulate(counts, out=np.empty_like(counts))
         # A tile's row_begin: its place among all tiles, less where its request began.
-        tiles[:, _ROW_BEGIN] = (counts - ends) * _int32(tile_rows)
+        tiles[:, _ROW_BEGIN] = (counts - ends) * _int32(cta_tile_q)
         first_sees = extent - qo_len + _int32(1)  # keys that each first query sees under causal
         tiles = tiles.repeat(counts, axis=0)
         row_begin = tiles[:, _ROW_BEGIN]
-        row_begin += np.arange(0, len(tiles) * tile_rows, tile_rows, dtype=np.int32)
+        row_begin += np.arange(0, len(tiles) * cta_tile_q, cta_tile_q, dtype=np.int32)
         extent = tiles[:, _KV_END]
         if spec.causal:
             # The tile's last row, if the request has so many, sees the most keys.
-            seen = row_begin + _int32(tile_rows - 1)
+            seen = row_begin + _int32(cta_tile_q - 1)
             seen //= _int32(spec.gqa_group_size)
             seen += first_sees.repeat(counts)
             np.minimum(seen, extent, out=seen)
             np.maximum(seen, _int32(0), out=seen)
             extent[:] = seen
             extent = seen
-    return tiles, _ceil_div(extent, cta_tile_kv)
+    return tiles, _ceil_div(extent, config.cta_tile_kv)
 
 
 def _launch(
     spec: AttentionSpec,
     config: KernelConfig,
     tiles: IntArray,
-    tile_rows: int,
     split_size: int | None,
     num_slots: int,
 ) -> Launch:
@@ -298,7 +305,7 @@ def _launch(
         kv_tiles = _ceil_div(kv_end - kv_begin, config.cta_tile_kv)
         items = items.take(_longest_first(kv_tiles), axis=0)
     grid = min(num_slots, len(items) * spec.num_kv_heads)
-    return Launch(config, items, tile_rows, grid, num_partials, num_merges)
+    return Launch(config, items, grid, num_partials, num_merges)
 
 
 def _longest_first(kv_tiles: IntArray) -> npt.NDArray[np.intp]:

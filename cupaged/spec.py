@@ -165,11 +165,6 @@ class KernelConfig:
         return self.warps_q // 4 if self.producer_warps else 1
 
     @property
-    def part_rows(self) -> int:
-        """Rows of such a part: a block may have an item of just one."""
-        return self.cta_tile_q // self.splits_merged_by
-
-    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block: the Q stages, the K and V stages, and barriers."""
         row_bytes = self.head_dim * DTYPES[self.dtype].itemsize
@@ -237,7 +232,6 @@ PARAMS_DTYPE = np.dtype(
         (number, np.int32)
         for number in (
             "num_items",
-            "tile_rows",
             "num_kv_heads",
             "gqa_group_size",
             "page_size",

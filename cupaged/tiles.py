@@ -8,8 +8,8 @@ from typing import Literal
 
 from cupaged.spec import DeviceModel, KernelConfig
 
-Shape = Literal["long", "short"]
-SHAPES: tuple[Shape, ...] = ("long", "short")
+Shape = Literal["long", "brief", "short"]
+SHAPES: tuple[Shape, ...] = ("long", "brief", "short")
 
 #: Compute capability → class of tiles: "sm90" and "large" have 227 KiB of shared memory a block,
 #: "medium" 163, "small" 99 (CUDA C++ Programming Guide, "Technical Specifications per Compute
@@ -42,12 +42,15 @@ class _Tile:
 # other's softmax and barriers.
 # "long" of the sm_90 family: a warpgroup computes 64 rows, and what its registers and the shared
 # memory hold decides the keys of a tile.
+# "brief": for a small batch of few keys, where it pays to compute less past their ends; where there
+# is none, "long" stands in.
 # "short": 16 rows, the keys divided over the warps: decoding and very short queries are bound by
 # the reading of K and V, so the tile is as short as the matrix unit allows and the stages deep.
 _TILES: dict[tuple[str, int, Shape], _Tile] = {
     ("sm90", 64, "long"): _Tile(192, 128, 12, 1, 6, 1, "prefill_sm90", 2),
     ("sm90", 128, "long"): _Tile(128, 128, 8, 1, 5, 1, "prefill_sm90", 2),
     ("sm90", 256, "long"): _Tile(128, 80, 8, 1, 4, 1, "prefill_sm90"),
+    ("sm90", 128, "brief"): _Tile(128, 64, 8, 1, 8, 1, "prefill_sm90", 2),
     ("sm90", 64, "short"): _Tile(16, 64, 1, 4, 4, 3),
     ("sm90", 128, "short"): _Tile(16, 64, 1, 4, 3, 2),
     ("sm90", 256, "short"): _Tile(16, 64, 1, 4, 3, 1),
@@ -88,7 +91,8 @@ def kernel_config(
     arch: int, dtype: str, head_dim: int, page_size: int, shape: Shape
 ) -> KernelConfig:
     """The kernel that serves a shape of query tile on compute capability `arch`."""
-    tile = _TILES[tile_class(arch), head_dim, shape]
+    found = _TILES.get((tile_class(arch), head_dim, shape))
+    tile = _TILES[tile_class(arch), head_dim, "long"] if found is None else found
     config = KernelConfig(
         family=tile.family,
         dtype=dtype,

@@ -6,15 +6,15 @@
 // Where the rows of an item's query tile lie in q, out and lse.
 struct RowMap {
     const Params& p;
-    int packed_begin, packed_end;  // packed rows of the request that are the item's
+    int packed_begin, packed_len;  // first packed row of the tile; packed rows of the request
     int qo_begin, first_head;      // first row of the request; first query head of the group
 
     __device__ __forceinline__ RowMap(const Params& p, const Work& work)
         : p(p), packed_begin(work.item.row_begin),
-          packed_end(min(work.request.qo_len * p.gqa_group_size, packed_begin + p.tile_rows)), qo_begin(work.request.qo_begin),
+          packed_len(work.request.qo_len * p.gqa_group_size), qo_begin(work.request.qo_begin),
           first_head(work.kv_head * p.gqa_group_size) {}
 
-    __device__ __forceinline__ bool valid(int row) const { return packed_begin + row < packed_end; }
+    __device__ __forceinline__ bool valid(int row) const { return packed_begin + row < packed_len; }
 
     // Query of a tile's row, counted from the request's first.
     __device__ __forceinline__ int query(int row) const {

@@ -43,8 +43,7 @@ struct Params {
     float* partial_lse;       // [slots, num_kv_heads, CTA_TILE_Q], base 2
     int* merge_counters;      // [split tiles, num_kv_heads], zero between launches
     int* work_counters;       // [2]: next piece of work, blocks that are done; zero between launches
-    int num_items, tile_rows;  // rows of an item: CTA_TILE_Q, or fewer for more of them
-    int num_kv_heads, gqa_group_size, page_size, causal;
+    int num_items, num_kv_heads, gqa_group_size, page_size, causal;
     u32 group_magic, group_shift;  // division by gqa_group_size
     u32 page_magic, page_shift;    // division by page_size
     int negate_logits;  // the factor of the logits is -logit_scale

@@ -16,7 +16,7 @@ using Weights = Pair[CTA_TILE_KV / 16][4];  // P as the A operand of each 16 key
 
 // Blocks of 16 keys whose weights are computed while the product with the last tile's is under way,
 // which holds the registers that they go to: as many as find room elsewhere.
-constexpr int EARLY_BLOCKS = HEAD_DIM == 128 ? 4 : 0;
+constexpr int EARLY_BLOCKS = HEAD_DIM == 128 ? CTA_TILE_KV / 32 : 0;
 
 // The right to issue products, which the consumers hand around.
 struct Turn {

@@ -45,11 +45,16 @@ struct Claims {
 
     __device__ __forceinline__ bool more() const { return piece < p.num_items * p.num_kv_heads; }
 
+    // Whether no block has a second piece: then nobody asks for one.
+    __device__ __forceinline__ bool all_first() const {
+        return p.num_items * p.num_kv_heads <= static_cast<int>(gridDim.x);
+    }
+
     __device__ __forceinline__ void look_up(int lane) {
         word = -1;
         following = 0;
         if (!more()) return;
-        if (lane == 0) following = gridDim.x + atomicAdd(p.work_counters, 1);
+        if (lane == 0) following = gridDim.x + (all_first() ? 0 : atomicAdd(p.work_counters, 1));
         // Lanes 0..7 read the item, 8..11 its request, 12 has the head.
         if (lane < 8) word = reinterpret_cast<const int*>(p.items + piece / p.num_kv_heads)[lane];
         const int request = __shfl_sync(~0u, word, 0);
@@ -74,7 +79,7 @@ struct Claims {
     // The last block to leave sets the counters back for the next launch: no other block will ask
     // for work, since each has counted itself out after its last request.
     __device__ __forceinline__ void finish(int lane) {
-        if (lane > 0) return;
+        if (lane > 0 || all_first()) return;
         __threadfence();
         if (atomicAdd(p.work_counters + 1, 1) == gridDim.x - 1)
             p.work_counters[0] = p.work_counters[1] = 0;
@@ -113,7 +118,7 @@ __device__ __forceinline__ void copy_q(const Params& p, const Work& work, u32 ti
     constexpr int ROWS = Q_WARPS * WARP_SIZE;  // that all the lanes find
     static_assert(CTA_TILE_Q % ROWS == 0 || CTA_TILE_Q % ROWS == ROWS / 2, "");
     const RowMap rows(p, work);
-    const int last = rows.packed_end - 1 - rows.packed_begin;
+    const int last = rows.packed_len - 1 - rows.packed_begin;
 #pragma unroll 1
     for (int first = 0; first < CTA_TILE_Q; first += ROWS) {
         const int row = min(first + row_to_find<Q_WARPS>(warp, lane), last);

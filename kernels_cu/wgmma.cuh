@@ -82,6 +82,7 @@ __device__ __forceinline__ void hide(u64& value) { asm volatile("" : "+l"(value)
             : __VA_ARGS__                                                                        \
             : "l"(a), "l"(b), "r"(accumulate));                                                  \
     }
+WGMMA_SHARED(64, NUMBERS_32, "%32", "%33", "%34", ACC_32(d, 0))
 WGMMA_SHARED(80, NUMBERS_40, "%40", "%41", "%42", ACC_32(d, 0), ACC_8(d, 8))
 WGMMA_SHARED(128, NUMBERS_64, "%64", "%65", "%66", ACC_64(d, 0))
 

@@ -77,6 +77,23 @@ def test_a_kernel_with_and_without_splits(
         oracle.check_all(batch, formula, to_host(out), to_host(lse))
 
 
+@pytest.mark.parametrize("page_size", [16, 5])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_few_keys(
+    cp: Any, rng: np.random.Generator, family: str, dtype: str, page_size: int
+) -> None:
+    batch = batches.build(
+        rng, [40, 70, 20], [50, 150, 0], page_size=page_size, group=3, head_dim=128, dtype=dtype,
+        spare_pages=0,
+    )  # fmt: skip
+    wrapper = planned(batch, Formula(causal=True))
+    (launch,) = schedule_of(wrapper).launches
+    assert launch.config.cta_tile_kv == (64 if family == "prefill_sm90" else 32)
+    on_gpu = batch.on(to_gpu)
+    out, lse = wrapper.run(on_gpu.q, on_gpu.cache, return_lse=True)
+    oracle.check_all(batch, Formula(causal=True), to_host(out), to_host(lse))
+
+
 def test_both_shapes_and_empty_rows_in_one_call(cp: Any, rng: np.random.Generator) -> None:
     batch = batches.build(rng, [40, 1, 0, 20], [30, 90, 10, 0], page_size=2, group=2, spare_pages=0)
     formula = Formula(causal=True)

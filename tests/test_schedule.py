@@ -105,7 +105,7 @@ def check_coverage(plan: Schedule) -> None:
         for qo, kv in zip(lengths.qo_len, lengths.kv_len, strict=True)
     ]
     for launch in plan.launches:
-        tile_rows = launch.tile_rows
+        tile_rows = launch.config.cta_tile_q
         for item in launch.items:
             count = counts[item["request"]]
             assert 0 <= item["row_begin"] < len(count)
@@ -137,7 +137,7 @@ def test_tiles_and_splits_are_in_order(
     assert len(plan.launches) <= len(tiles.SHAPES)
     tiled: dict[int, list[int]] = defaultdict(list)
     for launch in plan.launches:
-        tile_rows = launch.tile_rows
+        tile_rows = launch.config.cta_tile_q
         for (r, row_begin), items in tiles_of(launch).items():
             tiled[r].append(row_begin)
             qo_len, kv_len = batch[r]
@@ -158,8 +158,10 @@ def test_tiles_and_splits_are_in_order(
 
 
 def tile_rows_of(plan: Schedule, request: int) -> int:
-    """Rows of an item of the one launch that has the request's; 0 where it has no rows."""
-    found = [launch.tile_rows for launch in plan.launches if request in launch.items["request"]]
+    """cta_tile_q of the one launch that has items of a request; 0 where it has no rows."""
+    found = [
+        launch.config.cta_tile_q for launch in plan.launches if request in launch.items["request"]
+    ]
     assert len(found) <= 1, f"request {request} is in {len(found)} launches"
     return found[0] if found else 0
 
@@ -295,7 +297,7 @@ def test_the_largest_lengths_do_not_overflow(options: dict[str, Any], kv_len: in
     for launch in plan.launches:
         for (r, row_begin), items in tiles_of(launch).items():
             qo_len = (1, 300)[r]
-            last_row = min(row_begin + launch.tile_rows, qo_len) - 1
+            last_row = min(row_begin + launch.config.cta_tile_q, qo_len) - 1
             edges = [0] + [int(item["kv_end"]) for item in items]
             assert [item["kv_begin"] for item in items] == edges[:-1]
             assert edges == sorted(edges)
@@ -351,18 +353,18 @@ def test_magic_divides_exactly(divisor: int, seed: int) -> None:
     np.testing.assert_array_equal(divide(n, divisor), n // divisor)
 
 
-def test_a_small_batch_has_items_of_one_part() -> None:
-    """Where all run at once: a row too many, or a caller who asks for fixed bits, and none has."""
+def test_a_small_batch_of_few_keys_takes_the_brief_shape() -> None:
+    """A key or a thread block too many, or a caller who asks for fixed bits, and it does not."""
     device = DeviceModel(num_sms=12, arch=90)
     spec = spec_of(num_kv_heads=2)
 
-    def tile_rows(*qo_lens: int, **options: Any) -> int:
-        (launch,) = build(spec, [(n, 300) for n in qo_lens], device, **options).launches
-        assert launch.config.cta_tile_q == 128
-        return launch.tile_rows
+    def cta_tile_kv(batch: Lengths, **options: Any) -> int:
+        (launch,) = build(spec, batch, device, **options).launches
+        return launch.config.cta_tile_kv
 
-    assert tile_rows(128, 100, 128) == 64  # 6 items x 2 heads for 12 SMs
-    assert tile_rows(64, 64, 64, 64, 64, 33) == 64
-    assert tile_rows(128, 100, 129) == 128
-    assert tile_rows(128, 100, 128, disable_split_kv=True) == 128
-    assert tile_rows(128, 100, 128, fixed_split_size=100) == 128
+    few = [(40, 256), (100, 3), (127, 200), (33, 0)]
+    assert cta_tile_kv(few) == 64
+    assert cta_tile_kv([*few[:3], (33, 257)]) == 128
+    assert cta_tile_kv([*few, (33, 1)]) == 128
+    assert cta_tile_kv(few, disable_split_kv=True) == 128
+    assert cta_tile_kv(few, fixed_split_size=100) == 128
