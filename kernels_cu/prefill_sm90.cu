@@ -239,12 +239,12 @@ struct Consumer {
 
 __device__ __forceinline__ void init_barriers(Barriers& barriers) {
     for (int i = 0; i < NUM_WORK_STAGES; ++i) {
-        mbarrier_init(shared_address(&barriers.work_full[i]), 1);
-        mbarrier_init(shared_address(&barriers.work_empty[i]), NUM_WARPS + KV_WARPS);
+        mbarrier_init(shared_address(&barriers.work_full[i]), WARP_SIZE);
+        mbarrier_init(shared_address(&barriers.work_empty[i]), (NUM_WARPS + KV_WARPS) * WARP_SIZE);
     }
     for (int i = 0; i < NUM_Q_STAGES; ++i) {
         mbarrier_init(shared_address(&barriers.q_full[i]), Q_WARPS * WARP_SIZE);
-        mbarrier_init(shared_address(&barriers.q_empty[i]), NUM_WARPS);
+        mbarrier_init(shared_address(&barriers.q_empty[i]), NUM_WARPS * WARP_SIZE);
     }
     for (int i = 0; i < NUM_STAGES; ++i) {
         mbarrier_init(shared_address(&barriers.kv_full[i]), KV_ARRIVALS);
@@ -301,8 +301,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
                 me.store(work, shared + q_at.stage * TILE_Q_BYTES, o, state,
                          &control.is_last_split[consumer]);
             }
-            arrive_warp(&control.barriers.q_empty[q_at.stage], me.lane());
-            arrive_warp(&control.barriers.work_empty[at.stage], me.lane());
+            // Every thread for itself: it is its own reading that is over.
+            mbarrier_arrive(shared_address(&control.barriers.q_empty[q_at.stage]));
+            mbarrier_arrive(shared_address(&control.barriers.work_empty[at.stage]));
         }
     }
 }

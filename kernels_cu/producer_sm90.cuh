@@ -68,7 +68,7 @@ struct Claims {
     __device__ __forceinline__ bool next(Control& control, int lane) {
         wait_empty(control.barriers.work_empty, at.stage, at.round);
         if (lane < 13) reinterpret_cast<int*>(&control.work[at.stage])[lane] = word;
-        arrive_warp(&control.barriers.work_full[at.stage], lane);
+        mbarrier_arrive(shared_address(&control.barriers.work_full[at.stage]));
         at.advance();
         if (!more()) return false;
         piece = __shfl_sync(~0u, following, 0);
@@ -241,7 +241,7 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap* k_map,
             const Work& work = control.work[at.stage];
             if (work.kv_head < 0) break;
             loader.load(work, lane);
-            arrive_warp(&barriers.work_empty[at.stage], lane);
+            mbarrier_arrive(shared_address(&barriers.work_empty[at.stage]));
         }
     } else {
         bool more = warp == FIRST_Q_WARP && claims.next(control, lane);
@@ -328,10 +328,11 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap*, const
         const Work& work = control.work[at.stage];
         if (work.kv_head < 0) break;
         wait_empty(barriers.q_empty, q_at.stage, q_at.round);
-        copy_q(p, work, q_tiles + q_at.stage * TILE_Q_BYTES, warp, lane);
+        // Not the warp and lane that are kept: a register less during the copies, which have no more.
+        copy_q(p, work, q_tiles + q_at.stage * TILE_Q_BYTES, thread_index() / WARP_SIZE, lane_index());
         cp_async_arrive(shared_address(&barriers.q_full[q_at.stage]));
         loader.load(work);
-        arrive_warp(&barriers.work_empty[at.stage], lane);
+        mbarrier_arrive(shared_address(&barriers.work_empty[at.stage]));
     }
     if (warp == FIRST_Q_WARP) claims.finish(lane);
 }
