@@ -1,9 +1,9 @@
 // Brings tiles of K and V from their pages into shared memory.
 //
 // A warp copies ROWS_PER_WARP consecutive keys of each tile, all tiles. Where the page size is a
-// multiple of that (CUPAGED_PAGE_ALIGNED), those keys lie in one page, and one look into the page table
-// gives the address of them all; otherwise each lane looks up one key, and the lanes exchange what
-// they found. Either way the page table is read one tile ahead of the copies that need it.
+// multiple of that (CUPAGED_PAGE_ALIGNED), those keys lie in one page, and one look into the page
+// table gives the address of them all; otherwise each lane looks up one key, and the lanes exchange
+// what they found. Either way the page table is read one tile ahead of the copies that need it.
 #pragma once
 #include "params.cuh"
 #include "tile.cuh"
@@ -27,7 +27,10 @@ struct KvLoader {
 
     __device__ __forceinline__ KvLoader(const Params& p, const Work& work, u32 stages, int warp,
                                         int lane)
-        : p(p), kv_head(work.kv_head), page_begin(work.request.page_begin), kv_end(work.item.kv_end),
+        : p(p),
+          kv_head(work.kv_head),
+          page_begin(work.request.page_begin),
+          kv_end(work.item.kv_end),
           warp_row(warp * ROWS_PER_WARP),
           target(stages + copy_offset(warp * ROWS_PER_WARP, lane)) {
         look_up(work.item.kv_begin, lane);

@@ -42,7 +42,7 @@ struct Params {
     float* partial_out;       // [slots, num_kv_heads, CTA_TILE_Q, HEAD_DIM], normalised
     float* partial_lse;       // [slots, num_kv_heads, CTA_TILE_Q], base 2
     int* merge_counters;      // [split tiles, num_kv_heads], zero between launches
-    int* work_counters;       // [2]: next piece of work, blocks that are done; zero between launches
+    int* work_counters;  // [2]: next piece of work, blocks that are done; zero between launches
     int num_items, num_kv_heads, gqa_group_size, page_size, causal;
     u32 group_magic, group_shift;  // division by gqa_group_size
     u32 page_magic, page_shift;    // division by page_size

@@ -2,8 +2,9 @@
 //
 // Shared memory holds Q in NUM_Q_STAGES stages, tiles of K and of V in NUM_STAGES more, and this.
 // Every stage has a barrier that says it is full and one that says it is empty again; whoever fills
-// a stage waits for the second, whoever reads it for the first. Tiles of K and V share a ring, in the
-// order in which they are used: the first tile's K, the second's K, the first's V, the third's K ...
+// a stage waits for the second, whoever reads it for the first. Tiles of K and V share a ring, in
+// the order in which they are used: the first tile's K, the second's K, the first's V, the third's
+// K ...
 #pragma once
 #include "params.cuh"
 #include "wgmma.cuh"
@@ -15,8 +16,8 @@ constexpr int TILE_KV_BYTES = CTA_TILE_KV * ROW_BYTES;
 static_assert(CTA_TILE_Q == NUM_CONSUMERS * 64 && MMA_Q == 1, "a warpgroup computes 64 rows");
 static_assert(NUM_THREADS == (NUM_CONSUMERS + 1) * WARPGROUP, "one warpgroup more brings the data");
 
-// Registers a thread, multiples of 8, in all no more than the block is launched with. Copying row by
-// row takes more than asking for boxes.
+// Registers a thread, multiples of 8, in all no more than the block is launched with. Copying row
+// by row takes more than asking for boxes.
 constexpr int LAUNCH_REGISTERS = 65536 / NUM_THREADS / 8 * 8;
 constexpr bool MORE_FOR_ROWS = !CUPAGED_PAGE_ALIGNED && HEAD_DIM == 128;
 constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 3 ? 32 : MORE_FOR_ROWS ? 56 : 40;
@@ -44,7 +45,9 @@ struct Control {
 
 // Named barriers; 0 is __syncthreads().
 __device__ __forceinline__ int turn_barrier(int consumer) { return 1 + consumer; }
-__device__ __forceinline__ int consumer_barrier(int consumer) { return 1 + NUM_CONSUMERS + consumer; }
+__device__ __forceinline__ int consumer_barrier(int consumer) {
+    return 1 + NUM_CONSUMERS + consumer;
+}
 
 // A place in a ring of stages, and the parity of the round that it is in.
 template <int STAGES>

@@ -188,8 +188,10 @@ __device__ __forceinline__ void store(const Params& p, const Work& work, char* s
 
 // Counts a split as done; the last one of its tile merges them all.
 __device__ __forceinline__ void merge_splits(const Params& p, const Work& work, int* flag) {
-    int* counter = p.merge_counters + static_cast<i64>(work.item.merge) * p.num_kv_heads + work.kv_head;
-    if (is_last_split(counter, work.item.num_splits, threadIdx.x == 0, flag, [] { __syncthreads(); }))
+    int* counter =
+        p.merge_counters + static_cast<i64>(work.item.merge) * p.num_kv_heads + work.kv_head;
+    if (is_last_split(counter, work.item.num_splits, threadIdx.x == 0, flag,
+                      [] { __syncthreads(); }))
         merge_partials<CTA_TILE_Q, NUM_THREADS>(p, work, 0, threadIdx.x);
 }
 

@@ -52,13 +52,14 @@ __device__ __forceinline__ void pack(Weights& weights, const Logits& s) {
     for (int n = 0; n < CTA_TILE_KV / 16; ++n)
 #pragma unroll
         for (int c = 0; c < 4; ++c)
-            weights[n][c] = pack_pair(s[0][2 * n + c / 2][c % 2 * 2], s[0][2 * n + c / 2][c % 2 * 2 + 1]);
+            weights[n][c] =
+                pack_pair(s[0][2 * n + c / 2][c % 2 * 2], s[0][2 * n + c / 2][c % 2 * 2 + 1]);
 }
 
 // The softmax of a tile in the hope that no row's maximum has grown beyond the threshold, as most
-// tiles' have not: weights relative to the maxima so far need no maximum of the tile. A lane's sum of
-// weights shows where the hope was in vain, or where a row has seen no key before and has no maximum:
-// either makes it large or NaN. The logits are still there then.
+// tiles' have not: weights relative to the maxima so far need no maximum of the tile. A lane's sum
+// of weights shows where the hope was in vain, or where a row has seen no key before and has no
+// maximum: either makes it large or NaN. The logits are still there then.
 struct Speculation {
     float scale, shift[2];
     float sum[2] = {};
@@ -72,7 +73,8 @@ struct Speculation {
         for (int c = 0; c < 4; ++c) {
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                pairs[c][i] = exp2_approx(s[0][2 * n + c / 2][c % 2 * 2 + i] * scale - shift[c % 2]);
+                pairs[c][i] =
+                    exp2_approx(s[0][2 * n + c / 2][c % 2 * 2 + i] * scale - shift[c % 2]);
             sum[c % 2] += pairs[c][0] + pairs[c][1];
         }
     }
@@ -102,7 +104,9 @@ struct Consumer {
 
     // Found anew where they are needed: the loop over the keys has no registers for them.
     __device__ __forceinline__ int lane() const { return lane_index(); }
-    __device__ __forceinline__ int first_row() const { return (thread_index() - WARPGROUP) / WARP_SIZE * 16; }
+    __device__ __forceinline__ int first_row() const {
+        return (thread_index() - WARPGROUP) / WARP_SIZE * 16;
+    }
 
     // Waits for the tile of a stage; its descriptor.
     __device__ __forceinline__ u64 wait_tile(PlaceKv place) const {
@@ -146,7 +150,8 @@ struct Consumer {
         // What becomes of a tile's products before they are weights.
         const auto prepare = [&] {
             if (p.negate_logits) negate(s);
-            if (begin + CTA_TILE_KV > fewest_keys) visible.mask(s, rows, first_row(), begin, lane());
+            if (begin + CTA_TILE_KV > fewest_keys)
+                visible.mask(s, rows, first_row(), begin, lane());
         };
 
         const u64 first_k = wait_tile(at);

@@ -9,9 +9,9 @@
 
 constexpr int NUM_PRODUCER_WARPS = WARPGROUP / WARP_SIZE;
 #if CUPAGED_PAGE_ALIGNED
-// The first two warps have K and V brought by the copy engine, box about: asking for a box takes a
-// warp so long that one could hardly keep up where a page is 16 keys. The others copy Q, and the
-// third takes the pieces of work besides.
+// The first two warps have K and V brought by the copy engine, each every other box: asking for a
+// box takes a warp so long that one could hardly keep up where a page is 16 keys. The others copy
+// Q, and the third takes the pieces of work besides.
 constexpr int KV_WARPS = 2;
 constexpr int FIRST_Q_WARP = 2;
 constexpr int KV_ARRIVALS = KV_WARPS;
@@ -28,8 +28,8 @@ __device__ __forceinline__ int num_kv_tiles(const Item& item) {
     return (item.kv_end - item.kv_begin + CTA_TILE_KV - 1) / CTA_TILE_KV;
 }
 
-// The pieces of work of a block, as one of its warps takes them and writes them down for all. A piece
-// is looked up well before its place among the pieces of work is free.
+// The pieces of work of a block, as one of its warps takes them and writes them down for all. A
+// piece is looked up well before its place among the pieces of work is free.
 struct Claims {
     const Params& p;
     int piece;      // the one that is looked up
@@ -87,17 +87,19 @@ struct Claims {
 };
 static_assert(sizeof(Item) == 32 && sizeof(Request) == 16, "look_up() reads them by words");
 
-// Copying rows: WARPS warps take ROWS_PER_PASS neighbouring rows each in every pass, 16 bytes a lane.
-// Each lane finds the place of one of its warp's rows, this one of those to copy.
+// Copying rows: WARPS warps take ROWS_PER_PASS neighbouring rows each in every pass, 16 bytes a
+// lane. Each lane finds the place of one of its warp's rows, this one of those to copy.
 template <int WARPS>
 __device__ __forceinline__ int row_to_find(int warp, int lane) {
     return (lane % ROW_CHUNKS * WARPS + warp) * ROWS_PER_PASS + lane / ROW_CHUNKS;
 }
 
 // Starts the copies to a tile, or a part of one that begins at a group. `found` is the place of the
-// lane's row_to_find(), in elements from `source`; the lanes that copy a row have it from one of them.
+// lane's row_to_find(), in elements from `source`; the lanes that copy a row have it from one of
+// them.
 template <int WARPS, int PASSES>
-__device__ __forceinline__ void copy_rows(u32 tile, const u16* source, i64 found, int warp, int lane) {
+__device__ __forceinline__ void copy_rows(u32 tile, const u16* source, i64 found, int warp,
+                                          int lane) {
     static_assert(PASSES <= ROW_CHUNKS, "a lane finds one row");
     const int chunk = lane % ROW_CHUNKS;
     const i64 bytes = found * 2;
@@ -114,9 +116,10 @@ __device__ __forceinline__ void copy_rows(u32 tile, const u16* source, i64 found
 
 // Starts the copies of the rows of q that the tile packs, as one of Q_WARPS warps; instead of rows
 // past the end, whose results nobody wants, the last row again.
-__device__ __forceinline__ void copy_q(const Params& p, const Work& work, u32 tile, int warp, int lane) {
+__device__ __forceinline__ void copy_q(const Params& p, const Work& work, u32 tile, int warp,
+                                       int lane) {
     constexpr int ROWS = Q_WARPS * WARP_SIZE;  // that all the lanes find
-    static_assert(CTA_TILE_Q % ROWS == 0 || CTA_TILE_Q % ROWS == ROWS / 2, "");
+    static_assert(CTA_TILE_Q % (ROWS / 2) == 0, "the last round is a whole one or a half");
     const RowMap rows(p, work);
     const int last = rows.packed_len - 1 - rows.packed_begin;
 #pragma unroll 1
@@ -132,8 +135,8 @@ __device__ __forceinline__ void copy_q(const Params& p, const Work& work, u32 ti
 }
 
 #if CUPAGED_PAGE_ALIGNED
-// K and V through tensor maps: a box is neighbouring keys, all in one page. Lane l of warp w has box
-// w + l * KV_WARPS of a tile.
+// K and V through tensor maps: a box is neighbouring keys, all in one page. Lane l of warp w has
+// box w + l * KV_WARPS of a tile.
 struct BoxLoader {
     const Params& p;
     Barriers& barriers;
@@ -229,9 +232,9 @@ struct BoxLoader {
     }
 };
 
-__device__ __forceinline__ void produce(const Params& p, const TensorMap* k_map, const TensorMap* v_map,
-                                        Claims& claims, Control& control, u32 q_tiles, u32 kv_tiles,
-                                        int warp, int lane) {
+__device__ __forceinline__ void produce(const Params& p, const TensorMap* k_map,
+                                        const TensorMap* v_map, Claims& claims, Control& control,
+                                        u32 q_tiles, u32 kv_tiles, int warp, int lane) {
     Barriers& barriers = control.barriers;
     PlaceWork at;
     if (warp < KV_WARPS) {
@@ -258,8 +261,8 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap* k_map,
     }
 }
 #else
-// K and V row by row: a lane looks up one key of its warp's share of a tile, all lanes copy. The page
-// table is read one tile ahead of the copies.
+// K and V row by row: a lane looks up one key of its warp's share of a tile, all lanes copy. The
+// page table is read one tile ahead of the copies.
 struct RowLoader {
     static constexpr int WARPS = NUM_PRODUCER_WARPS;
     static constexpr int PASSES = CTA_TILE_KV / (WARPS * ROWS_PER_PASS);
@@ -328,8 +331,10 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap*, const
         const Work& work = control.work[at.stage];
         if (work.kv_head < 0) break;
         wait_empty(barriers.q_empty, q_at.stage, q_at.round);
-        // Not the warp and lane that are kept: a register less during the copies, which have no more.
-        copy_q(p, work, q_tiles + q_at.stage * TILE_Q_BYTES, thread_index() / WARP_SIZE, lane_index());
+        // Not the warp and lane that are kept: a register less during the copies, which have no
+        // more.
+        copy_q(p, work, q_tiles + q_at.stage * TILE_Q_BYTES, thread_index() / WARP_SIZE,
+               lane_index());
         cp_async_arrive(shared_address(&barriers.q_full[q_at.stage]));
         loader.load(work);
         mbarrier_arrive(shared_address(&barriers.work_empty[at.stage]));

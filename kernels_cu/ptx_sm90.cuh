@@ -62,8 +62,8 @@ __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
 
 // Copies the box at the given coordinates to shared memory; its bytes count on the barrier. What
 // lies outside of the tensor arrives as zeros.
-__device__ __forceinline__ void copy_box_5d(u32 shared, const TensorMap* map, int c0, int c1, int c2,
-                                            int c3, int c4, u32 barrier) {
+__device__ __forceinline__ void copy_box_5d(u32 shared, const TensorMap* map, int c0, int c1,
+                                            int c2, int c3, int c4, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(shared),

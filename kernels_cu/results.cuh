@@ -7,8 +7,8 @@
 // mma_m16n8k16 and wgmma have them.
 using Output = float[MMA_Q][HEAD_DIM / 8][4];
 
-// Writes a warp's rows of the result, times a factor, by way of its rows of the Q tile, which nobody
-// reads any more: fragments go in, rows come out by 16 bytes a lane.
+// Writes a warp's rows of the result, times a factor, by way of its rows of the Q tile, which
+// nobody reads any more: fragments go in, rows come out by 16 bytes a lane.
 __device__ __forceinline__ void write_rows(const RowMap& rows, const Output& o,
                                            const SoftmaxState& state, float factor, char* q_tile,
                                            int first_row, int lane) {
@@ -29,9 +29,9 @@ __device__ __forceinline__ void write_rows(const RowMap& rows, const Output& o,
 #else
 #pragma unroll
             for (int c = 0; c < 4; ++c)
-                *reinterpret_cast<Pair*>(
-                    tile + tile_offset(i * 16 + c % 2 * 8 + lane / 4, 2 * d + c / 2) + lane % 4 * 4) =
-                    block[c];
+                *reinterpret_cast<Pair*>(tile +
+                                         tile_offset(i * 16 + c % 2 * 8 + lane / 4, 2 * d + c / 2) +
+                                         lane % 4 * 4) = block[c];
 #endif
         }
 #pragma unroll
@@ -44,7 +44,8 @@ __device__ __forceinline__ void write_rows(const RowMap& rows, const Output& o,
     // Each lane finds one row's place; the lanes that write a row have it from one of them.
     const int chunk = lane % ROW_CHUNKS;
     const int mine = first_row + chunk * ROWS_PER_PASS + lane / ROW_CHUNKS;
-    const i64 found = rows.valid(mine) ? rows.offset(mine, p.out_stride_row, p.out_stride_head) : -1;
+    const i64 found =
+        rows.valid(mine) ? rows.offset(mine, p.out_stride_row, p.out_stride_head) : -1;
     __syncwarp();  // the warp's rows are whole
 #pragma unroll 4
     for (int pass = 0; pass < ROWS / ROWS_PER_PASS; ++pass) {

@@ -24,9 +24,9 @@ struct SoftmaxState {
             }
     }
 
-    // Takes in the logits' maxima. Where one of the warp's has grown by more than the threshold, all
-    // rows move on to theirs, and the output has to be rescaled by `factor`: then it returns true.
-    // `scale` is positive.
+    // Takes in the logits' maxima. Where one of the warp's has grown by more than the threshold,
+    // all rows move on to theirs, and the output has to be rescaled by `factor`: then it returns
+    // true. `scale` is positive.
     template <int N>
     __device__ __forceinline__ bool raise(const float (&s)[MMA_Q][N][4], float scale,
                                           float (&factor)[MMA_Q][2]) {

@@ -1,10 +1,10 @@
 // The warpgroup's matrix product, 64 rows x N columns, and the tiles in shared memory it reads.
 //
-// A tile is rows of HEAD_DIM elements in groups of eight: [group][HEAD_DIM / 64][8 rows][128 bytes],
-// every group a multiple of 1,024 bytes, in which the 16-byte chunk c of row r lies at c ^ r (the
-// 128-byte swizzle). It is what one 5-dimensional box of the copy engine writes for any number of
-// groups, and what the matrix unit reads either way round: rows of Q and K with their elements as
-// the inner dimension, rows of V with their elements as the outer one.
+// A tile is rows of HEAD_DIM elements in groups of eight: [group][HEAD_DIM / 64][8 rows][128
+// bytes], every group a multiple of 1,024 bytes, in which the 16-byte chunk c of row r lies at c ^
+// r (the 128-byte swizzle). It is what one 5-dimensional box of the copy engine writes for any
+// number of groups, and what the matrix unit reads either way round: rows of Q and K with their
+// elements as the inner dimension, rows of V with their elements as the outer one.
 #pragma once
 #include "ptx_sm90.cuh"
 #include "tile.cuh"
@@ -71,8 +71,8 @@ __device__ __forceinline__ void hide(u64& value) { asm volatile("" : "+l"(value)
     "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
     "%125, %126, %127"
 
-// d = a . b^T, or d += where `accumulate` isn't 0, over 16 elements: a has 64 rows in shared memory,
-// b N. As with mma_m16n8k16, warp w of the group holds rows 16 * w and on.
+// d = a . b^T, or d += where `accumulate` isn't 0, over 16 elements: a has 64 rows in shared
+// memory, b N. As with mma_m16n8k16, warp w of the group holds rows 16 * w and on.
 #define WGMMA_SHARED(N, NUMBERS, A, B, ACCUMULATE, ...)                                          \
     __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], u64 a, u64 b, int accumulate) { \
         asm volatile(                                                                            \
