@@ -118,22 +118,21 @@ def _ride_along(
     return bool(short_keys[short_keys.argmax()] <= long_keys[long_keys.argmax()])
 
 
-def is_brief(longest: int, num_rows: int, batch: int, config: KernelConfig, num_slots: int) -> bool:
+def is_brief(kv_len: IntArray, num_rows: int, config: KernelConfig, num_slots: int) -> bool:
     """Whether a batch has few keys a request, and a piece of work a thread block at most.
 
     Parameters
     ----------
-    longest : int
-        Keys of the request that has the most.
-    num_rows, batch : int
-        Packed query rows and requests.
+    kv_len : int32 [batch]
+    num_rows : int
+        Packed query rows of all requests.
     config : KernelConfig
         Of the long shape.
     num_slots : int
         Items that run at once.
     """
-    items = num_rows // config.cta_tile_q + batch  # at most
-    return items <= num_slots and longest <= BRIEF_MAX_KEYS
+    items = num_rows // config.cta_tile_q + len(kv_len)  # at most
+    return items <= num_slots and int(kv_len[kv_len.argmax()]) <= BRIEF_MAX_KEYS
 
 
 def choose_split(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cupaged import heuristics
 from cupaged.spec import ITEM_DTYPE, REQUEST_DTYPE, AttentionSpec, DeviceModel, KernelConfig
-from cupaged.tiles import Shape, kernel_config, slots
+from cupaged.tiles import kernel_config, slots
 
 IntArray = npt.NDArray[np.int32]
 
@@ -149,6 +149,7 @@ def build(
     if lengths.nnz_qo:
         packed_len = lengths.qo_len * _int32(spec.gqa_group_size)
         fewest, most = int(packed_len[packed_len.argmin()]), int(packed_len[packed_len.argmax()])
+        num_rows = lengths.nnz_qo * spec.gqa_group_size
         # Bits may depend on the batch only where the caller has not asked that they don't.
         by_request = fixed_split_size is not None or disable_split_kv
         long_config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, "long")
@@ -157,7 +158,7 @@ def build(
             lengths.kv_len,
             fewest,
             most,
-            lengths.nnz_qo * spec.gqa_group_size,
+            num_rows,
             spec.num_kv_heads,
             slots(long_config, device),
             long_config.carries_short,
@@ -165,7 +166,9 @@ def build(
         )
         for shape, chosen in members.items():
             if shape == "long" and not by_request:
-                shape = _long_or_brief(spec, lengths, long_config, device)
+                items = slots(long_config, device) // spec.num_kv_heads
+                if heuristics.is_brief(lengths.kv_len, num_rows, long_config, items):
+                    shape = "brief"
             config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, shape)
             num_slots = slots(config, device)
             one_each = fewest > 0 and most <= config.cta_tile_q
@@ -199,21 +202,6 @@ def rebuild(schedule: Schedule, device: DeviceModel) -> Schedule:
         schedule.fixed_split_size,
         schedule.disable_split_kv,
     )
-
-
-def _long_or_brief(
-    spec: AttentionSpec, lengths: Lengths, long_config: KernelConfig, device: DeviceModel
-) -> Shape:
-    """Which of the two a batch takes."""
-    kv_len = lengths.kv_len
-    brief = heuristics.is_brief(
-        int(kv_len[kv_len.argmax()]),
-        lengths.nnz_qo * spec.gqa_group_size,
-        len(kv_len),
-        long_config,
-        slots(long_config, device) // spec.num_kv_heads,
-    )
-    return "brief" if brief else "long"
 
 
 def _query_tiles(
