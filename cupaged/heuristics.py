@@ -66,8 +66,9 @@ def choose_shapes(
     slots : int
         Thread blocks of the long shape that run at once.
     carries_short : bool
-        The long shape's kernel reads K and V as fast for few rows as for many: then short requests
-        never need a launch of their own beside it.
+        The long shape's kernel reads K and V about as fast for few rows as for many: then short
+        requests ride along always. `bench/NOTES-sm90.md` says where that pays and where it
+        doesn't.
     by_request : bool
         Decide each request by its own length alone, so that its bits don't depend on the batch.
 

@@ -156,7 +156,7 @@ class KernelConfig:
 
     @property
     def carries_short(self) -> bool:
-        """Whether few rows of a tile cost no more than the reading of K and V."""
+        """Whether few rows of a tile cost little more than the reading of K and V."""
         return _PRODUCER_WARPS[self.family] > 0
 
     @property
