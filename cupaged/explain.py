@@ -230,7 +230,7 @@ def _reasons(
     riding = len(np.unique(request[packed_len <= limit]))
     if riding:
         if config.carries_short:
-            why = "few rows cost little more than reading K and V"
+            why = "few rows cost little beside the reading of K and V"
         else:
             why = "too little work for a launch of their own"
         verb = "rides" if riding == 1 else "ride"
