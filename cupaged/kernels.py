@@ -1,4 +1,4 @@
-"""Kernel configurations compiled with NVRTC, kept in a cache on disk, loaded through CuPy."""
+"""Kernels compiled with NVRTC, kept in a cache on disk, loaded through CuPy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from cupaged import source, tiles
 from cupaged.errors import BackendUnavailableError
-from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, KernelConfig
+from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, Kernel, KernelConfig
 
 if TYPE_CHECKING:
     from tempfile import TemporaryDirectory
-
-KERNEL_NAME = "cupaged_prefill"
 
 #: The oldest NVRTC whose C++17 and sm_90a the sources were compiled with.
 MIN_NVRTC = (12, 0)
@@ -30,9 +28,9 @@ _NVRTC_WHEELS = "nvidia-cuda-nvrtc-cu12 (for cupy-cuda12x) or nvidia-cuda-nvrtc 
 _OPTIONS = ("-std=c++17", "-lineinfo")
 _HASH_CHARS = 32
 
-_locks: defaultdict[tuple[KernelConfig, int], threading.Lock] = defaultdict(threading.Lock)
+_locks: defaultdict[tuple[Kernel, int], threading.Lock] = defaultdict(threading.Lock)
 # The kernel, kept alive, and its CUfunction.
-_loaded: dict[tuple[KernelConfig, int], tuple[Any, int]] = {}
+_loaded: dict[tuple[Kernel, int], tuple[Any, int]] = {}
 # Unloaded while CuPy can still do it, which at the interpreter's end it can't.
 atexit.register(_loaded.clear)
 
@@ -82,14 +80,12 @@ def nvrtc() -> Any:
     return binding
 
 
-def compile_cubin(
-    config: KernelConfig, arch: int, extra: tuple[str, ...] = ()
-) -> tuple[bytes, str]:
-    """Compile one configuration. Needs NVRTC, but neither a GPU nor a driver.
+def compile_cubin(kernel: Kernel, arch: int, extra: tuple[str, ...] = ()) -> tuple[bytes, str]:
+    """Compile one kernel. Needs NVRTC, but neither a GPU nor a driver.
 
     Parameters
     ----------
-    config : KernelConfig
+    kernel : Kernel
     arch : int
         Compute capability, major * 10 + minor.
     extra : tuple of str
@@ -112,7 +108,7 @@ def compile_cubin(
             f"NVRTC {_dotted(binding.getVersion())} can't compile for compute capability "
             f"{arch // 10}.{arch % 10}: pip install --upgrade {_NVRTC_WHEELS}"
         )
-    program = binding.createProgram(source.render(config), f"{config.name}.cu", [], [])
+    program = binding.createProgram(source.render(kernel), f"{kernel.name}.cu", [], [])
     try:
         binding.compileProgram(program, [f"-arch={target(arch)}", *_OPTIONS, *extra])
         # CuPy's binding takes the last byte for a string's end and drops it (seen in 14.2): with it
@@ -120,7 +116,7 @@ def compile_cubin(
         return binding.getCUBIN(program) + b"\0", binding.getProgramLog(program).rstrip("\0")
     except binding.NVRTCError as error:
         log = binding.getProgramLog(program).rstrip("\0")
-        raise RuntimeError(f"NVRTC refused {config.name} for {target(arch)}:\n{log}") from error
+        raise RuntimeError(f"NVRTC refused {kernel.name} for {target(arch)}:\n{log}") from error
     finally:
         binding.destroyProgram(program)
 
@@ -160,9 +156,9 @@ def _process_folder() -> TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="cupaged-")
 
 
-def _key(config: KernelConfig, arch: int) -> str:
+def _key(kernel: Kernel, arch: int) -> str:
     """Changes with anything that could change the compiled kernel."""
-    parts = (source.render(config), target(arch), *_OPTIONS, _dotted(nvrtc().getVersion()))
+    parts = (source.render(kernel), target(arch), *_OPTIONS, _dotted(nvrtc().getVersion()))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_HASH_CHARS]
 
 
@@ -170,13 +166,13 @@ def _digest(cubin: bytes) -> str:
     return hashlib.sha256(cubin).hexdigest()[:_HASH_CHARS]
 
 
-def find_cached(config: KernelConfig, arch: int) -> Path | None:
-    """The cached cubin of a configuration, verified; None where there is none.
+def find_cached(kernel: Kernel, arch: int) -> Path | None:
+    """The cached cubin of a kernel, verified; None where there is none.
 
     An entry's name holds the key of its source and the digest of its content, so that one that
     was damaged doesn't match its name, and is no entry.
     """
-    for path in private_folder().glob(f"{config.name}-{_key(config, arch)}-*.cubin"):
+    for path in private_folder().glob(f"{kernel.name}-{_key(kernel, arch)}-*.cubin"):
         try:
             if path.stem.endswith(f"-{_digest(path.read_bytes())}"):
                 return path
@@ -185,12 +181,12 @@ def find_cached(config: KernelConfig, arch: int) -> Path | None:
     return None
 
 
-def _store(config: KernelConfig, arch: int, cubin: bytes) -> Path:
+def _store(kernel: Kernel, arch: int, cubin: bytes) -> Path:
     """Write a cubin under its final name in one step, whoever else is writing it."""
     import tempfile
 
     folder = private_folder()
-    path = folder / f"{config.name}-{_key(config, arch)}-{_digest(cubin)}.cubin"
+    path = folder / f"{kernel.name}-{_key(kernel, arch)}-{_digest(cubin)}.cubin"
     descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -202,34 +198,34 @@ def _store(config: KernelConfig, arch: int, cubin: bytes) -> Path:
     return path
 
 
-def cubin_path(config: KernelConfig, arch: int) -> Path:
+def cubin_path(kernel: Kernel, arch: int) -> Path:
     """The compiled kernel on disk: found in the cache, or compiled and stored there."""
-    found = find_cached(config, arch)
-    return found if found is not None else _store(config, arch, compile_cubin(config, arch)[0])
+    found = find_cached(kernel, arch)
+    return found if found is not None else _store(kernel, arch, compile_cubin(kernel, arch)[0])
 
 
-def load(config: KernelConfig, arch: int, device: int) -> int:
+def load(kernel: Kernel, arch: int, device: int) -> int:
     """The kernel's `CUfunction`, loaded on CUDA device `device`, the current one.
 
     Compiled at most once, however many threads ask for it at the same time.
     """
-    key = (config, device)
+    key = (kernel, device)
     found = _loaded.get(key)
     if found is None:
         with _locks[key]:
             found = _loaded.get(key)
             if found is None:
-                found = _loaded[key] = _load(config, arch)
+                found = _loaded[key] = _load(kernel, arch)
     return found[1]
 
 
-def _load(config: KernelConfig, arch: int) -> tuple[Any, int]:
+def _load(kernel: Kernel, arch: int) -> tuple[Any, int]:
     import cupy
 
-    module = cupy.RawModule(path=str(cubin_path(config, arch)))
-    kernel = module.get_function(KERNEL_NAME)
-    kernel.max_dynamic_shared_size_bytes = config.shared_bytes
-    return kernel, kernel.kernel.ptr
+    module = cupy.RawModule(path=str(cubin_path(kernel, arch)))
+    function = module.get_function(kernel.entry)
+    function.max_dynamic_shared_size_bytes = kernel.shared_bytes
+    return function, function.kernel.ptr
 
 
 def _dotted(version: tuple[int, ...]) -> str:

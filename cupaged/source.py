@@ -1,4 +1,4 @@
-"""CUDA sources: found, inlined into one text, headed by a kernel configuration's constants.
+"""CUDA sources: found, inlined into one text, headed by a kernel's constants.
 
 One text a kernel means that its hash says everything about it, and that NVRTC opens no file: a
 changed header can't be served from an old cache entry.
@@ -10,7 +10,7 @@ import re
 from functools import cache, lru_cache
 from pathlib import Path
 
-from cupaged.spec import DEVICE_STRUCTS, KernelConfig, field_offset
+from cupaged.spec import Kernel, field_offset
 
 # NVRTC has no `offsetof` without a header; this is what its front end makes of one.
 _OFFSET = "(u64)__INTADDR__(&((({struct}*)0)->{field}))"
@@ -37,35 +37,20 @@ def folder() -> Path:
     )
 
 
-def prologue(config: KernelConfig) -> str:
-    """The constants of a kernel configuration, as C++."""
-    num_warps = config.warps_q * config.warps_kv
-    constants = {
-        "HEAD_DIM": config.head_dim,
-        "CTA_TILE_Q": config.cta_tile_q,
-        "CTA_TILE_KV": config.cta_tile_kv,
-        "WARPS_Q": config.warps_q,
-        "WARPS_KV": config.warps_kv,
-        "NUM_WARPS": num_warps,
-        "NUM_THREADS": config.num_threads,
-        "MMA_Q": config.cta_tile_q // (16 * config.warps_q),
-        "NUM_STAGES": config.num_stages,
-        "NUM_Q_STAGES": config.num_q_stages,
-        "SHARED_BYTES": config.shared_bytes,
-        "CTAS_PER_SM": config.ctas_per_sm,
-    }
-    flags = {"BFLOAT16": config.dtype == "bfloat16", "PAGE_ALIGNED": config.page_aligned}
-    lines = [f"#define CUPAGED_{name} {int(value)}" for name, value in flags.items()]
+def prologue(kernel: Kernel) -> str:
+    """The constants of a kernel, as C++."""
+    lines = [f"#define CUPAGED_{name} {int(value)}" for name, value in kernel.flags.items()]
     lines += [
-        f"[[maybe_unused]] constexpr int {name} = {value};" for name, value in constants.items()
+        f"[[maybe_unused]] constexpr int {name} = {value};"
+        for name, value in kernel.constants.items()
     ]
     return "\n".join(lines) + "\n"
 
 
-def layout_checks() -> str:
-    """Assertions that the device structs lie as their NumPy mirrors do."""
+def layout_checks(kernel: Kernel) -> str:
+    """Assertions that a kernel's structs lie as their NumPy mirrors do."""
     lines = []
-    for struct, dtype in DEVICE_STRUCTS.items():
+    for struct, dtype in kernel.structs.items():
         lines.append(f"static_assert(sizeof({struct}) == {dtype.itemsize});")
         lines += [
             f"static_assert({_OFFSET.format(struct=struct, field=field)} == "
@@ -96,6 +81,6 @@ def _inlined(family: str) -> str:
     return "\n".join(_inline(f"{family}.cu", set())) + "\n"
 
 
-def render(config: KernelConfig) -> str:
+def render(kernel: Kernel) -> str:
     """The whole source of a kernel: constants, headers, kernel, layout checks."""
-    return prologue(config) + _inlined(config.family) + layout_checks()
+    return prologue(kernel) + _inlined(kernel.family) + layout_checks(kernel)

@@ -6,7 +6,7 @@ Nothing here computes; every other room reads these types.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -91,6 +91,44 @@ class AttentionSpec:
         return self.num_qo_heads // self.num_kv_heads
 
 
+class Kernel(Protocol):
+    """What is compiled, cached and loaded: a source in `kernels_cu` and its constants.
+
+    Attributes
+    ----------
+    family : str
+        Stem of the source in `kernels_cu`.
+    name : str
+        A readable name, unique among kernels.
+    entry : str
+        The kernel's name in its source.
+    shared_bytes : int
+        Dynamic shared memory of a block.
+    flags : dict
+        Macros of the source, without their prefix `CUPAGED_`.
+    constants : dict
+        Its other constants, all int.
+    structs : dict
+        Names of its structs, and the NumPy dtypes that mirror them.
+    """
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def entry(self) -> str: ...
+    @property
+    def shared_bytes(self) -> int: ...
+    @property
+    def flags(self) -> dict[str, int]: ...
+    @property
+    def constants(self) -> dict[str, int]: ...
+    @property
+    def structs(self) -> dict[str, np.dtype]: ...
+    def __hash__(self) -> int: ...
+
+
 #: family of kernels → warps of a block that bring data and compute nothing
 _PRODUCER_WARPS = {"prefill_sm80": 0, "prefill_sm90": 4}
 #: family of kernels → bytes of dynamic shared memory beside the tiles
@@ -136,6 +174,39 @@ class KernelConfig:
     num_q_stages: int
     ctas_per_sm: int
     page_aligned: bool
+
+    @property
+    def entry(self) -> str:
+        """The kernel's name in its source."""
+        return "cupaged_prefill"
+
+    @property
+    def flags(self) -> dict[str, int]:
+        """Macros of the source."""
+        return {"BFLOAT16": self.dtype == "bfloat16", "PAGE_ALIGNED": self.page_aligned}
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Constants of the source."""
+        return {
+            "HEAD_DIM": self.head_dim,
+            "CTA_TILE_Q": self.cta_tile_q,
+            "CTA_TILE_KV": self.cta_tile_kv,
+            "WARPS_Q": self.warps_q,
+            "WARPS_KV": self.warps_kv,
+            "NUM_WARPS": self.warps_q * self.warps_kv,
+            "NUM_THREADS": self.num_threads,
+            "MMA_Q": self.cta_tile_q // (16 * self.warps_q),
+            "NUM_STAGES": self.num_stages,
+            "NUM_Q_STAGES": self.num_q_stages,
+            "SHARED_BYTES": self.shared_bytes,
+            "CTAS_PER_SM": self.ctas_per_sm,
+        }
+
+    @property
+    def structs(self) -> dict[str, np.dtype]:
+        """The structs of the source."""
+        return DEVICE_STRUCTS
 
     @property
     def producer_warps(self) -> int:
@@ -247,7 +318,7 @@ PARAMS_DTYPE = np.dtype(
     align=True,
 )
 
-#: The device structs and the NumPy dtypes that mirror them.
+#: The attention kernels' structs and the NumPy dtypes that mirror them.
 DEVICE_STRUCTS = {"Request": REQUEST_DTYPE, "Item": ITEM_DTYPE, "Params": PARAMS_DTYPE}
 
 

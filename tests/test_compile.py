@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import sass
 
-from cupaged import kernels, source, tiles
+from cupaged import kernels, tiles
 from cupaged.errors import BackendUnavailableError
 from cupaged.spec import DEVICE_STRUCTS, KernelConfig
 
@@ -113,7 +113,7 @@ def test_a_kernel_fits(case: Case, logs: dict[Case, Future[tuple[bytes, str]]]) 
     assert cubin.startswith(b"\x7fELF")
     said = LOG.fullmatch(log)
     assert said is not None, f"expected a report of one kernel and no warning, got:\n{log}"
-    assert said["kernel"] == kernels.KERNEL_NAME
+    assert said["kernel"] == config.entry
     assert said["target"] == kernels.target(arch)
     assert (said["stores"], said["loads"], said["stack"]) == ("0", "0", "0"), log
 
@@ -198,7 +198,7 @@ def test_a_changed_layout_does_not_compile(
     else:
         mirror.append(("one_more", dtype[0]))
         wrong = ["static assertion failed", f'class "{struct}" has no member "one_more"']
-    monkeypatch.setitem(source.DEVICE_STRUCTS, struct, np.dtype(mirror, align=True))
+    monkeypatch.setitem(DEVICE_STRUCTS, struct, np.dtype(mirror, align=True))
     config = tiles.kernel_config(80, "float16", 64, 16, "short")
     with pytest.raises(RuntimeError, match=f"^NVRTC refused {config.name} for sm_80:") as raised:
         kernels.compile_cubin(config, 80)

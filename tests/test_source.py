@@ -35,7 +35,7 @@ def test_a_rendered_source_is_whole(config: KernelConfig) -> None:
         assert len(begins) <= 1, header.name
     assert f'#line 1 "{config.family}.cu"' in text
     assert "__global__" in text
-    assert kernels.KERNEL_NAME in text
+    assert CONFIG.entry in text
 
 
 def test_line_directives_point_at_the_real_lines(config: KernelConfig) -> None:
@@ -75,7 +75,7 @@ def test_constants_of_a_configuration_are_in_its_prologue() -> None:
 
 
 def test_device_structs_are_checked_field_by_field() -> None:
-    text = source.layout_checks()
+    text = source.layout_checks(CONFIG)
     for struct, dtype in DEVICE_STRUCTS.items():
         assert f"static_assert(sizeof({struct}) == {dtype.itemsize});" in text
         for field in dtype.names:
