@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cupaged.decode import BatchDecodeWithPagedKVCacheWrapper
     from cupaged.errors import BackendUnavailableError, CupagedWarning
     from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
 
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "BatchDecodeWithPagedKVCacheWrapper",
     "BatchPrefillWithPagedKVCacheWrapper",
     "CupagedWarning",
     "__version__",
@@ -21,6 +23,7 @@ __all__ = [
 #: Public name → its module, imported when the name is first used: `import cupaged` costs nothing.
 _HOMES = {
     "BackendUnavailableError": "cupaged.errors",
+    "BatchDecodeWithPagedKVCacheWrapper": "cupaged.decode",
     "BatchPrefillWithPagedKVCacheWrapper": "cupaged.prefill",
     "CupagedWarning": "cupaged.errors",
 }

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cupaged import cuda, devices, reference, schedule, tiles
-from cupaged.device_plan import DevicePlan
+from cupaged.device_plan import DevicePlan, PlacedPlan
 from cupaged.errors import BackendUnavailableError
 from cupaged.schedule import Schedule
 from cupaged.spec import HOST_MODEL, DeviceModel
@@ -60,6 +60,8 @@ class Plan:
         The highest page number, -1 where there is none.
     workspace : cupy.ndarray, optional
         The caller's bytes for partial states.
+    placed : PlacedPlan, optional
+        The one device's that it is for, where it can't be another.
     """
 
     def __init__(
@@ -68,18 +70,33 @@ class Plan:
         page_indices: npt.NDArray[np.int32],
         highest_page: int,
         workspace: Any | None,
+        placed: PlacedPlan | None = None,
     ) -> None:
         self.schedule = planned
         self.nnz_qo = planned.lengths.nnz_qo
         self.page_indices = page_indices
         self.highest_page = highest_page
         self.workspace = workspace
-        self._on_device: dict[int, DevicePlan] = {}
+        self._placed = placed
+        self._on_device: dict[int, PlacedPlan] = {}
+        if placed is not None:
+            self._on_device[placed.device] = placed
 
-    def on_device(self, device: int) -> DevicePlan:
-        """The plan on CUDA device `device`, the current one; uploaded the first time."""
+    def on_device(self, device: int) -> PlacedPlan:
+        """The plan on CUDA device `device`, the current one; uploaded the first time.
+
+        Raises
+        ------
+        ValueError
+            It is for another device alone.
+        """
         found = self._on_device.get(device)
         if found is None:
+            if self._placed is not None:
+                raise ValueError(
+                    f"q is on cuda:{device}, expected cuda:{self._placed.device}: "
+                    "with use_cuda_graph=True a plan is for one device"
+                )
             model = devices.device_model(device)
             planned = self.schedule
             if tiles.tile_class(model.arch) != tiles.tile_class(planned.device.arch):

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from cupaged import tensor_maps
-from cupaged.device_plan import MAPS_BEGIN, PARAMS_BEGIN, DevicePlan
+from cupaged.device_plan import MAPS_BEGIN, PARAMS_BEGIN, PlacedPlan
 from cupaged.devices import cupy
+from cupaged.graph_plan import GraphPlan
 from cupaged.spec import PARAMS_DTYPE, field_offset
 
 #: What a kernel loads and stores at a time, in bytes; every row must begin at a multiple of it.
@@ -29,7 +30,7 @@ _SMALLEST_SCALE = 2.0**-126
 
 
 def run(
-    plan: DevicePlan,
+    plan: PlacedPlan,
     stream: int,
     q: Any,
     k: Any,
@@ -42,7 +43,7 @@ def run(
 
     Parameters
     ----------
-    plan : DevicePlan
+    plan : PlacedPlan
     stream : int
         The current one, on the plan's device.
     q, k, v, out, lse : cupy.ndarray
@@ -78,6 +79,13 @@ def run(
     magnitude = max(abs(logit_scale), _SMALLEST_SCALE)
     cuda = cupy().cuda
     waits = stream != plan.stream.ptr
+    if waits and cuda.runtime.streamIsCapturing(stream):
+        if not isinstance(plan, GraphPlan):
+            raise RuntimeError(
+                "run() is being recorded in a CUDA graph on another stream than plan()'s: "
+                "construct the wrapper with use_cuda_graph=True"
+            )
+        waits = False  # who replays the graph orders it behind the plan
     if waits:
         cuda.get_current_stream().wait_event(plan.uploaded)
     for ready in plan.launches:
@@ -110,7 +118,7 @@ def run(
 
 
 def _run_unaligned(
-    plan: DevicePlan,
+    plan: PlacedPlan,
     stream: int,
     q: Any,
     k: Any,

@@ -5,18 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-import threading
-from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
 
 from cupaged import kernels, tensor_maps
 from cupaged.devices import cupy, device_model
-from cupaged.schedule import IntArray, Launch, Schedule
+from cupaged.schedule import IntArray, Schedule
 from cupaged.spec import PARAMS_DTYPE, AttentionSpec, KernelConfig, field_offset
+from cupaged.staging import Upload, upload
 from cupaged.tensor_maps import TENSOR_MAP_BYTES
 
 #: What a launch is given: pointers to its three parameters, and then these.
@@ -30,13 +26,6 @@ _PLAN_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "requests")
 
 #: Parts of the uploaded block begin at multiples of this many int32.
 _ALIGNMENT = 32
-
-# Pinned blocks to copy from, by device. One is taken again once the copy from it has ended: written
-# earlier, it would be overwritten under the copy.
-_staging: defaultdict[int, list[_Staging]] = defaultdict(list)
-_staging_lock = threading.Lock()
-#: The smallest block, in int32; larger ones are powers of two.
-_STAGING_SIZE = 1 << 15
 
 
 def magic(divisor: int) -> tuple[int, int]:
@@ -91,7 +80,42 @@ class ReadyLaunch(NamedTuple):
         return memory, address
 
 
-class DevicePlan:
+class PlacedPlan:
+    """What the launches of a plan on one CUDA device need, however its arrays are kept.
+
+    Attributes
+    ----------
+    page_shape : tuple of int
+        Axes of K and V behind the pages, in the kernels' order: tokens, heads, elements.
+    heads_first : bool
+        The layout of K and V is HND.
+    stream : cupy.cuda.Stream
+        Where the plan was uploaded.
+    uploaded : cupy.cuda.Event
+        After the upload.
+    launches : tuple of ReadyLaunch
+    """
+
+    stream: Any
+    uploaded: Any
+    launches: tuple[ReadyLaunch, ...]
+
+    def __init__(self, spec: AttentionSpec, device: int) -> None:
+        self.page_shape = (spec.page_size, spec.num_kv_heads, spec.head_dim)
+        self.heads_first = spec.kv_layout == "HND"
+        self.device = device
+        self._arch = device_model(device).arch
+
+    def without_maps(self, config: KernelConfig) -> int:
+        """The kernel that does the same without tensor maps."""
+        return kernels.load(replace(config, page_aligned=False), self._arch, self.device)
+
+    def wait(self) -> None:
+        """Wait until the plan has arrived on the device, and maybe a later one."""
+        self.uploaded.synchronize()
+
+
+class DevicePlan(PlacedPlan):
     """A schedule on one CUDA device, ready to be launched again and again.
 
     Parameters
@@ -112,13 +136,9 @@ class DevicePlan:
         workspace: Any | None,
     ) -> None:
         spec = schedule.spec
-        #: Axes of K and V behind the pages, in the kernels' order: tokens, heads, elements.
-        self.page_shape = (spec.page_size, spec.num_kv_heads, spec.head_dim)
-        self.heads_first = spec.kv_layout == "HND"
-        self._device = device
-        self._arch = arch = device_model(device).arch
+        super().__init__(spec, device)
         # Compiled first: should that fail, nothing has been allocated or copied.
-        loaded = [kernels.load(launch.config, arch, device) for launch in schedule.launches]
+        loaded = [kernels.load(launch.config, self._arch, device) for launch in schedule.launches]
         memory = cupy().cuda.alloc
         needed = schedule.workspace_bytes
         self._partials = None
@@ -128,44 +148,26 @@ class DevicePlan:
         parts = _parts(schedule, page_indices)
         offsets, counters, size = _layout(schedule, parts)
         self._block = memory(size * 4)
-        self.uploaded = _upload(parts, offsets, size, self._block, device, self.stream)
+        placed = list(zip(offsets, parts, strict=True))
+        self.uploaded = upload([Upload(self._block, size, placed)], device, self.stream)
         begin = self._block.ptr
         requests, pages, *items = [begin + offset * 4 for offset in offsets]
         partials = 0 if self._partials is None else self._partials.ptr
         self.launches = tuple(
-            ReadyLaunch(
-                function=kernel,
-                config=launch.config,
-                grid=launch.grid,
-                num_threads=launch.config.num_threads,
-                shared_bytes=launch.config.shared_bytes,
-                box_rows=_box_rows(launch.config, spec.page_size),
-                parameters=_parameters(
-                    spec, launch, (requests, item, pages), partials, begin + counter * 4
-                ),
-                spare=[],
+            ready(
+                spec,
+                launch.config,
+                launch.grid,
+                kernel,
+                (requests, item, pages),
+                (partials, launch.num_partial_rows(spec)),
+                (begin + counter * 4, begin + (counter + 2) * 4),
+                len(launch.item_fields),
             )
             for launch, kernel, item, counter in zip(
                 schedule.launches, loaded, items, counters, strict=True
             )
         )
-
-    def without_maps(self, config: KernelConfig) -> int:
-        """The kernel that does the same without tensor maps."""
-        return kernels.load(replace(config, page_aligned=False), self._arch, self._device)
-
-    def wait(self) -> None:
-        """Wait until the plan has arrived on the device, and maybe a later one."""
-        self.uploaded.synchronize()
-
-
-@dataclass(slots=True)
-class _Staging:
-    """A pinned block, and the event after the last copy from it."""
-
-    memory: Any
-    words: npt.NDArray[np.int32]
-    event: Any
 
 
 def _parts(schedule: Schedule, page_indices: IntArray) -> list[IntArray]:
@@ -188,29 +190,54 @@ def _layout(schedule: Schedule, parts: list[IntArray]) -> tuple[list[int], list[
     return offsets, counters, size
 
 
-def _upload(
-    parts: list[IntArray], offsets: list[int], size: int, block: Any, device: int, stream: Any
-) -> Any:
-    """Start the one asynchronous copy, with zeros behind the parts; returns the event after it."""
-    with _staging_lock:
-        blocks = _staging[device]
-        for staging in blocks:
-            if len(staging.words) >= size and staging.event.done:
-                break
-        else:
-            length = max(_STAGING_SIZE, 1 << (size - 1).bit_length())
-            memory = cupy().cuda.alloc_pinned_memory(length * 4)
-            words = np.frombuffer(memory, np.int32, length)
-            staging = _Staging(memory, words, cupy().cuda.Event(disable_timing=True))
-            blocks.append(staging)
-        words, end = staging.words, 0
-        for offset, part in zip(offsets, parts, strict=True):
-            end = offset + len(part)
-            words[offset:end] = part
-        words[end:size] = 0  # the counters
-        block.copy_from_host_async(staging.memory.ptr, size * 4, stream)
-        staging.event.record(stream)
-    return staging.event
+def ready(
+    spec: AttentionSpec,
+    config: KernelConfig,
+    grid: int,
+    kernel: int,
+    tables: tuple[int, int, int],
+    partials: tuple[int, int],
+    counters: tuple[int, int],
+    num_items: int,
+) -> ReadyLaunch:
+    """A launch with all that a plan decides.
+
+    Parameters
+    ----------
+    spec : AttentionSpec
+    config : KernelConfig
+    grid : int
+    kernel : int
+        Its `CUfunction`.
+    tables : tuple of int
+        Addresses of requests, items and pages.
+    partials : tuple of int
+        Address of the partial states, and the rows that all of them have.
+    counters : tuple of int
+        Addresses of the work counters and of the merge counters.
+    num_items : int
+        -1 where the third work counter has it.
+    """
+    address, rows = partials
+    work_counters, merge_counters = counters
+    return ReadyLaunch(
+        function=kernel,
+        config=config,
+        grid=grid,
+        num_threads=config.num_threads,
+        shared_bytes=config.shared_bytes,
+        box_rows=_box_rows(config, spec.page_size),
+        parameters=(
+            *tables,
+            address,
+            address + rows * spec.head_dim * 4,
+            merge_counters,
+            work_counters,
+            num_items,
+            *_numbers(spec),
+        ),
+        spare=[],
+    )
 
 
 def _box_rows(config: KernelConfig, page_size: int) -> int:
@@ -230,26 +257,4 @@ def _numbers(spec: AttentionSpec) -> tuple[int, ...]:
         int(spec.causal),
         *magic(spec.gqa_group_size),
         *magic(spec.page_size),
-    )
-
-
-def _parameters(
-    spec: AttentionSpec,
-    launch: Launch,
-    tables: tuple[int, int, int],
-    partials: int,
-    counters: int,
-) -> tuple[int, ...]:
-    """What a plan decides of a launch's parameters.
-
-    All but the spec and the launch are addresses; `tables` are requests, items and pages.
-    """
-    return (
-        *tables,
-        partials,
-        partials + launch.num_partial_rows(spec) * spec.head_dim * 4,
-        counters + 2 * 4,
-        counters,
-        len(launch.item_fields),
-        *_numbers(spec),
     )

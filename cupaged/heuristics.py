@@ -203,3 +203,12 @@ def _split_finish(
     if rests * num_kv_heads > waves * slots - wholes * num_kv_heads:
         finish += (tiles - wholes * chunk) / rests + overhead
     return max(mean, finish)
+
+
+def most_partials(slots: int, num_kv_heads: int) -> int:
+    """Partial-state slots that the splits of `choose_split` take at most.
+
+    A piece is at least the lowest candidate's share of a slot's mean work, and an item is cut into
+    two pieces at least: so there are at most twice as many pieces as go into all the work.
+    """
+    return math.ceil(2 * slots / (_CANDIDATES[0] * num_kv_heads)) + 1

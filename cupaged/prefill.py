@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-
-from cupaged import arrays, schedule, unserved, validate, validate_run
-from cupaged import backend as backend_room
-from cupaged.spec import DTYPES, KVLayout
-
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2.0)
-
-#: Index arrays that can't be on a device.
-_ON_THE_HOST = (np.ndarray, list, tuple, range)
+from cupaged import arrays, unserved, validate, validate_lengths
+from cupaged.graph_buffers import graph_buffers
+from cupaged.paged_attention import PagedAttention, dtype_names
 
 
-class BatchPrefillWithPagedKVCacheWrapper:
+class BatchPrefillWithPagedKVCacheWrapper(PagedAttention):
     """Attention of a ragged batch of requests over a paged key/value cache.
 
     Call `plan()` once for a batch's lengths, then `run()` for every layer.
@@ -31,17 +22,35 @@ class BatchPrefillWithPagedKVCacheWrapper:
     kv_layout : {"NHD", "HND"}
         Order of the cache's axes: `[num_pages, page_size, num_kv_heads, head_dim]` or
         `[num_pages, num_kv_heads, page_size, head_dim]`.
-    use_cuda_graph, qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, \
-paged_kv_last_page_len_buf, custom_mask_buf, mask_indptr_buf, jit_args, jit_kwargs
+    use_cuda_graph : bool
+        `run()` may be recorded in a CUDA graph, and another `plan()` then changes what the graph
+        computes.
+    qo_indptr_buf, paged_kv_indptr_buf : int32 array [max_batch_size + 1], optional
+    paged_kv_indices_buf : int32 array [max_num_pages], optional
+    paged_kv_last_page_len_buf : int32 array [max_batch_size], optional
+        With `use_cuda_graph`, where `plan()` puts its arrays, on the device; all of them or none.
+        Kernels read the page table from the third.
+    custom_mask_buf, mask_indptr_buf, jit_args, jit_kwargs
         Not served yet; anything but the default raises `NotImplementedError`.
     backend : {"auto", "reference", "cuda"}
         "auto" takes host arrays to the reference backend and device arrays to the GPU.
+    max_batch_size, max_num_pages : int, optional
+        With `use_cuda_graph` and no buffers: the most requests of a plan and entries of its page
+        table.
 
     Notes
     -----
     A plan's counters and partial states are its own: run one plan on one stream at a time.
-    Names and argument orders follow FlashInfer's class of this name.
+    Names and argument orders follow FlashInfer's class of this name; the last two arguments are
+    this library's.
+
+    Once a run is recorded in a CUDA graph, a plan may have fewer rows of q than it, but no more,
+    and may change neither heads, dtypes, page size, `causal` nor `sm_scale`. Replay the graph on
+    the stream of `plan()`, or behind it.
     """
+
+    _names = validate_lengths.PREFILL_NAMES
+    _rows_are = "qo_indptr[-1]"
 
     def __init__(
         self,
@@ -57,42 +66,24 @@ paged_kv_last_page_len_buf, custom_mask_buf, mask_indptr_buf, jit_args, jit_kwar
         backend: str = "auto",
         jit_args: Any = None,
         jit_kwargs: Any = None,
+        max_batch_size: int | None = None,
+        max_num_pages: int | None = None,
     ) -> None:
         unserved.refuse(
-            unserved.CONSTRUCTOR,
-            (
-                use_cuda_graph,
-                qo_indptr_buf,
-                paged_kv_indptr_buf,
-                paged_kv_indices_buf,
-                paged_kv_last_page_len_buf,
-                custom_mask_buf,
-                mask_indptr_buf,
-                jit_args,
-                jit_kwargs,
-            ),
+            unserved.PREFILL_CONSTRUCTOR, (custom_mask_buf, mask_indptr_buf, jit_args, jit_kwargs)
         )
-        self._kv_layout = cast(KVLayout, validate.choice(kv_layout, "kv_layout", ("NHD", "HND")))
-        self._backend = cast(
-            backend_room.Backend, validate.choice(backend, "backend", backend_room.BACKENDS)
+        buffers = {
+            "qo_indptr_buf": qo_indptr_buf,
+            "paged_kv_indptr_buf": paged_kv_indptr_buf,
+            "paged_kv_indices_buf": paged_kv_indices_buf,
+            "paged_kv_last_page_len_buf": paged_kv_last_page_len_buf,
+        }
+        super().__init__(
+            float_workspace_buffer,
+            kv_layout,
+            backend,
+            graph_buffers(use_cuda_graph, buffers, max_batch_size, max_num_pages),
         )
-        self._plan: backend_room.Plan | None = None
-        self.reset_workspace_buffer(float_workspace_buffer)
-
-    def reset_workspace_buffer(self, float_workspace_buffer: Any) -> None:
-        """Take another workspace from the next `plan()` on.
-
-        Parameters
-        ----------
-        float_workspace_buffer : array or None
-            As the constructor takes it.
-        """
-        workspace = None
-        if float_workspace_buffer is not None:
-            workspace = arrays.import_tensor(float_workspace_buffer, "float_workspace_buffer")
-            validate_run.workspace(workspace)
-        self._workspace = workspace
-        self._workspace_owner = float_workspace_buffer
 
     def plan(
         self,
@@ -184,7 +175,7 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
             `causal` with more queries than keys in a request; a page twice in a request.
         """
         unserved.refuse(
-            unserved.PLAN,
+            unserved.PREFILL_PLAN,
             (
                 custom_mask,
                 packed_custom_mask,
@@ -206,12 +197,6 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
             ),
         )
         validate.pos_encoding_mode(pos_encoding_mode)
-        q_dtype = arrays.dtype_name(q_data_type, "q_data_type")
-        dtypes = (
-            q_dtype,
-            q_dtype if kv_data_type is None else arrays.dtype_name(kv_data_type, "kv_data_type"),
-            q_dtype if o_data_type is None else arrays.dtype_name(o_data_type, "o_data_type"),
-        )
         spec = validate.attention_spec(
             num_qo_heads,
             num_kv_heads,
@@ -220,57 +205,26 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
             page_size,
             causal,
             sm_scale,
-            dtypes,
+            dtype_names(q_data_type, kv_data_type, o_data_type),
             self._kv_layout,
         )
-        disable_split_kv = validate.flag(disable_split_kv, "disable_split_kv")
-        non_blocking = validate.flag(non_blocking, "non_blocking")
-        if fixed_split_size is not None:
-            fixed_split_size = validate.positive_int(fixed_split_size, "fixed_split_size")
-            if disable_split_kv:
-                raise ValueError("fixed_split_size and disable_split_kv exclude each other")
-        lengths = validate.lengths(
+        lengths = validate_lengths.lengths(
             arrays.import_index(qo_indptr, "qo_indptr"),
             arrays.import_index(paged_kv_indptr, "paged_kv_indptr"),
             arrays.import_index(paged_kv_last_page_len, "paged_kv_last_page_len"),
             spec,
         )
-        pages, highest = validate.page_indices(
-            arrays.import_index(paged_kv_indices, "paged_kv_indices"), lengths
+        self._take(
+            spec,
+            lengths,
+            paged_kv_indices,
+            (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len),
+            fixed_split_size,
+            disable_split_kv,
+            non_blocking,
         )
-        validate.warn_of_mistakes(spec, lengths, pages, highest)
-        device, stream = self._planning_place(
-            qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
-        )
-        built = schedule.build(
-            spec, lengths, backend_room.device_model(device), fixed_split_size, disable_split_kv
-        )
-        if self._workspace is not None:
-            validate_run.workspace_size(self._workspace, built.workspace_bytes)
-        plan = backend_room.Plan(built, pages, highest, self._workspace)
-        if device is not None:
-            with arrays.on(device, stream):
-                on_device = plan.on_device(device)
-                if not non_blocking:
-                    on_device.wait()
-        self._plan = plan
 
     begin_forward = plan
-
-    def _planning_place(self, *indices: Any) -> tuple[int | None, int]:
-        """The CUDA device to plan for, None for the host, and the stream to upload on.
-
-        Those of the workspace or of an index array; where all are on the host, the current ones.
-        """
-        if self._workspace is not None:
-            device = arrays.device_id(self._workspace)
-            return device, 0 if device is None else arrays.caller_stream(self._workspace_owner)
-        for index in indices:
-            if not isinstance(index, _ON_THE_HOST):
-                device = arrays.device_id(arrays.import_tensor(index, "index array"))
-                if device is not None:
-                    return device, arrays.caller_stream(index)
-        return backend_room.current_place(self._backend)
 
     def run(
         self,
@@ -335,11 +289,8 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
         BackendUnavailableError
             Device arrays without a GPU or NVRTC that serve them.
         """
-        plan = self._plan
-        if plan is None:
-            raise RuntimeError("run() before plan()")
         unserved.refuse(
-            unserved.RUN,
+            unserved.PREFILL_RUN,
             (
                 lse_layout,
                 enable_pdl,
@@ -351,72 +302,10 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
                 uses_spcompress,
             ),
         )
-        spec = plan.schedule.spec
-        nnz_qo = plan.nnz_qo
-        queries = arrays.import_tensor(q, "q")
-        keys, values, num_pages = validate_run.cache(_import_cache(paged_kv_cache, q), spec)
-        validate_run.query(queries, spec, nnz_qo)
-        device = validate_run.one_device(queries, keys, values)
-        validate_run.backend_serves(self._backend, device)
-        if plan.workspace is not None:
-            validate_run.workspace_device(plan.workspace, device)
-        validate.page_range(plan.page_indices, plan.highest_page, plan.schedule.lengths, num_pages)
-        factors = (
-            LOG2_E * validate.logit_scale(spec.sm_scale, q_scale, k_scale),
-            1.0 if v_scale is None else validate.scale(v_scale, "v_scale"),
-            LN_2 if validate.choice(lse_base, "lse_base", ("log2", "ln")) == "ln" else 1.0,
+        return self._attend(
+            q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, lse_base
         )
-        want_lse = validate.flag(return_lse, "return_lse") or lse is not None
-        rows = (nnz_qo, spec.num_qo_heads)
-        result, result_lse = None, None
-        if out is not None:
-            result = arrays.import_tensor(arrays.writable(out, "out"), "out", q)
-            validate_run.given(result, "out", (*rows, spec.head_dim), queries.dtype, device)
-        if lse is not None:
-            result_lse = arrays.import_tensor(arrays.writable(lse, "lse"), "lse", q)
-            validate_run.given(result_lse, "lse", rows, DTYPES["float32"], device)
-        current, stream = arrays.on_stream_of(q, device)
-        with current:
-            if result is None:
-                result, out = arrays.allocate_output(
-                    (*rows, spec.head_dim), queries.dtype, queries, q
-                )
-            if result_lse is None and want_lse:
-                result_lse, lse = arrays.allocate_output(rows, DTYPES["float32"], queries, q)
-            if nnz_qo:
-                plan.run(device, stream, (queries, keys, values, result, result_lse), factors)
-            if out is None:
-                out = arrays.export(result, q)
-            if lse is None and return_lse:
-                lse = arrays.export(result_lse, q)
-        return (out, lse) if return_lse else out
 
     def run_return_lse(self, q: Any, paged_kv_cache: Any, **options: Any) -> Any:
         """`run()` with `return_lse=True`."""
         return self.run(q, paged_kv_cache, return_lse=True, **options)
-
-    def explain(self) -> str:
-        """The plan as text: tiles, splits, work for each thread block, predicted imbalance.
-
-        Raises
-        ------
-        RuntimeError
-            There is no plan yet.
-        """
-        if self._plan is None:
-            raise RuntimeError("explain() before plan()")
-        from cupaged.explain import explain  # which nothing else needs
-
-        return explain(self._plan.schedule)
-
-
-def _import_cache(paged_kv_cache: Any, q: Any) -> Any:
-    """K and V, or both stacked, ordered behind what is pending on their owners' streams."""
-    if isinstance(paged_kv_cache, tuple | list):
-        if len(paged_kv_cache) != 2:
-            raise ValueError(
-                f"paged_kv_cache has {len(paged_kv_cache)} arrays, expected two: (k, v)"
-            )
-        k, v = paged_kv_cache
-        return arrays.import_tensor(k, "k cache", q), arrays.import_tensor(v, "v cache", q)
-    return arrays.import_tensor(paged_kv_cache, "paged_kv_cache", q)

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cupaged import heuristics
+from cupaged.frames import Frame
 from cupaged.spec import ITEM_DTYPE, REQUEST_DTYPE, AttentionSpec, DeviceModel, KernelConfig
-from cupaged.tiles import kernel_config, slots
+from cupaged.tiles import Shape, kernel_config, slots
 
 IntArray = npt.NDArray[np.int32]
 
@@ -124,6 +125,7 @@ def build(
     device: DeviceModel,
     fixed_split_size: int | None = None,
     disable_split_kv: bool = False,
+    frame: Frame | None = None,
 ) -> Schedule:
     """Divide a ragged batch into work items.
 
@@ -139,6 +141,8 @@ def build(
         Pages of a split.
     disable_split_kv : bool
         Never split.
+    frame : Frame, optional
+        What the batch must fit.
     """
     requests = np.empty((len(lengths.qo_len), _REQUEST_FIELDS), np.int32)
     requests[:, 0] = lengths.qo_indptr[:-1]
@@ -146,29 +150,13 @@ def build(
     requests[:, 2] = lengths.kv_len
     requests[:, 3] = lengths.paged_kv_indptr[:-1]
     launches = []
+    # Bits may depend on the batch only where the caller has not asked that they don't.
+    by_request = fixed_split_size is not None or disable_split_kv
     if lengths.nnz_qo:
         packed_len = lengths.qo_len * _int32(spec.gqa_group_size)
         fewest, most = int(packed_len[packed_len.argmin()]), int(packed_len[packed_len.argmax()])
-        num_rows = lengths.nnz_qo * spec.gqa_group_size
-        # Bits may depend on the batch only where the caller has not asked that they don't.
-        by_request = fixed_split_size is not None or disable_split_kv
-        long_config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, "long")
-        members = heuristics.choose_shapes(
-            packed_len,
-            lengths.kv_len,
-            fewest,
-            most,
-            num_rows,
-            spec.num_kv_heads,
-            slots(long_config, device),
-            long_config.carries_short,
-            by_request,
-        )
+        members = _members(spec, lengths, device, packed_len, (fewest, most), by_request, frame)
         for shape, chosen in members.items():
-            if shape == "long" and not by_request:
-                items = slots(long_config, device) // spec.num_kv_heads
-                if heuristics.is_brief(lengths.kv_len, num_rows, long_config, items):
-                    shape = "brief"
             config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, shape)
             num_slots = slots(config, device)
             one_each = fewest > 0 and most <= config.cta_tile_q
@@ -181,7 +169,9 @@ def build(
             else:
                 split_size = heuristics.choose_split(kv_tiles, order, spec.num_kv_heads, num_slots)
                 split_size = split_size and split_size * config.cta_tile_kv
-            launches.append(_launch(spec, config, tiles.take(order, axis=0), split_size, num_slots))
+            tiles = tiles.take(order, axis=0)
+            most_partials = None if frame is None or by_request else frame[shape].partials
+            launches.append(_launch(spec, config, tiles, split_size, num_slots, most_partials))
     return Schedule(
         spec,
         device,
@@ -191,6 +181,42 @@ def build(
         disable_split_kv,
         tuple(launches),
     )
+
+
+def _members(
+    spec: AttentionSpec,
+    lengths: Lengths,
+    device: DeviceModel,
+    packed_len: IntArray,
+    extremes: tuple[int, int],
+    by_request: bool,
+    frame: Frame | None,
+) -> dict[Shape, npt.NDArray[np.intp] | None]:
+    """Which requests take which shape of query tile; None for all of them.
+
+    `extremes` are the lowest and the highest of `packed_len`.
+    """
+    if frame is not None and len(frame) == 1:
+        (shape,) = frame
+        return {shape: None}
+    config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, "long")
+    num_rows = lengths.nnz_qo * spec.gqa_group_size
+    num_slots = slots(config, device)
+    members = heuristics.choose_shapes(
+        packed_len,
+        lengths.kv_len,
+        *extremes,
+        num_rows,
+        spec.num_kv_heads,
+        num_slots,
+        config.carries_short,
+        by_request,
+    )
+    if "long" in members and not by_request:
+        num_items = num_slots // spec.num_kv_heads
+        if heuristics.is_brief(lengths.kv_len, num_rows, config, num_items):
+            members["brief"] = members.pop("long")
+    return members
 
 
 def rebuild(schedule: Schedule, device: DeviceModel) -> Schedule:
@@ -261,10 +287,12 @@ def _launch(
     tiles: IntArray,
     split_size: int | None,
     num_slots: int,
+    most_partials: int | None,
 ) -> Launch:
     """Items of query tiles, longest first, each cut into splits of `split_size` keys.
 
-    Writes into `tiles`, and may keep them.
+    Whole where more than `most_partials` partial states would be needed. Writes into `tiles`, and
+    may keep them.
     """
     num_partials = num_merges = 0
     items = tiles
@@ -276,8 +304,10 @@ def _launch(
         begins = ends - num_splits
         stays = num_splits == _int32(1)
         whole = np.add.accumulate(stays, dtype=np.int32)
-        num_merges = len(tiles) - int(whole[-1])
         num_partials = int(ends[-1]) - int(whole[-1])
+        if most_partials is not None and num_partials > most_partials:
+            return _launch(spec, config, tiles, None, num_slots, None)
+        num_merges = len(tiles) - int(whole[-1])
         whole -= stays  # now those before each tile
         tiles[:, _NUM_SPLITS] = num_splits
         # Of tiles that stay whole, these two say nothing.

@@ -32,19 +32,14 @@ def _arguments(call: str, **off: tuple[object, ...]) -> Arguments:
     return Arguments(call, off, tuple(values[0] for values in off.values()))
 
 
-CONSTRUCTOR = _arguments(
+PREFILL_CONSTRUCTOR = _arguments(
     "BatchPrefillWithPagedKVCacheWrapper",
-    use_cuda_graph=(False,),
-    qo_indptr_buf=(None,),
-    paged_kv_indptr_buf=(None,),
-    paged_kv_indices_buf=(None,),
-    paged_kv_last_page_len_buf=(None,),
     custom_mask_buf=(None,),
     mask_indptr_buf=(None,),
     jit_args=(None,),
     jit_kwargs=(None,),
 )
-PLAN = _arguments(
+PREFILL_PLAN = _arguments(
     "plan()",
     custom_mask=(None,),
     packed_custom_mask=(None,),
@@ -64,7 +59,7 @@ PLAN = _arguments(
     max_sequence_kv=(None,),
     uniform_q_len=(None,),
 )
-RUN = _arguments(
+PREFILL_RUN = _arguments(
     "run()",
     lse_layout=("NH",),
     enable_pdl=(None, False),
@@ -74,6 +69,24 @@ RUN = _arguments(
     skip_softmax_threshold_scale_factor=(None,),
     use_fp16_softmax=(None, False),
     uses_spcompress=(None, False),
+)
+DECODE_CONSTRUCTOR = _arguments("BatchDecodeWithPagedKVCacheWrapper", jit_args=(None,))
+DECODE_PLAN = _arguments(
+    "plan()",
+    window_left=(-1,),
+    logits_soft_cap=(None, 0.0),
+    rope_scale=(None,),
+    rope_theta=(None,),
+    block_tables=(None,),
+    seq_lens=(None,),
+)
+DECODE_RUN = _arguments(
+    "run()",
+    enable_pdl=(None, False),
+    window_left=(None, -1),
+    sinks=(None,),
+    kv_cache_sf=(None,),
+    skip_softmax_threshold_scale_factor=(None,),
 )
 
 

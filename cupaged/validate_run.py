@@ -92,17 +92,23 @@ def _check_last_axis(array: Any, name: str) -> None:
         )
 
 
-def query(q: Any, spec: AttentionSpec, nnz_qo: int) -> None:
-    """Check q against the plan."""
+def query(q: Any, spec: AttentionSpec, nnz_qo: int, rows_are: str, more: bool) -> int:
+    """Check q against the plan; returns its rows.
+
+    `rows_are` says what the plan's number of rows is; `more` that q may have more.
+    """
     shape = q.shape
     if len(shape) != 3 or shape[1:] != (spec.num_qo_heads, spec.head_dim):
         raise ValueError(
             f"q has shape {shape}, expected (nnz_qo, num_qo_heads={spec.num_qo_heads}, "
             f"head_dim_qk={spec.head_dim})"
         )
-    if shape[0] != nnz_qo:
-        raise ValueError(f"q has {shape[0]} rows, expected {nnz_qo} = qo_indptr[-1]")
+    num_rows: int = shape[0]
+    if num_rows != nnz_qo and not (more and num_rows > nnz_qo):
+        at_least = "at least " if more else ""
+        raise ValueError(f"q has {num_rows} rows, expected {at_least}{nnz_qo} = {rows_are}")
     _check_elements(q, spec, "q", "q_data_type")
+    return num_rows
 
 
 def given(
@@ -163,10 +169,10 @@ def workspace_size(array: Any, needed: int) -> None:
         )
 
 
-def workspace_device(array: Any, device: int | None) -> None:
-    """Refuse a workspace that isn't where the call's tensors are."""
+def workspace_device(array: Any, device: int | None, beside: str) -> None:
+    """Refuse a workspace that isn't where what is `beside` it is."""
     found = arrays.device_id(array)
     if found != device:
         raise ValueError(
-            f"float_workspace_buffer is on {place(found)}, expected {place(device)} as q is"
+            f"float_workspace_buffer is on {place(found)}, expected {place(device)} as {beside}"
         )

@@ -34,24 +34,28 @@ struct RowMap {
     }
 };
 
-// Merges `count` states of ROWS rows of the tile, from first_row on: outputs [CTA_TILE_Q,
-// HEAD_DIM], normalised, and their log-sum-exps [CTA_TILE_Q], base 2, each state `out_stride` and
-// `lse_stride` floats after the one before. Each of THREADS threads takes eight neighbouring
+// Merges `count` states of ROWS rows of the tile, from first_row on, as far as the request has them:
+// outputs [CTA_TILE_Q, HEAD_DIM], normalised, and their log-sum-exps [CTA_TILE_Q], base 2, each
+// state `out_stride` and `lse_stride` floats after the one before. Each of THREADS threads takes eight neighbouring
 // columns of a row, and hands what it gets to sink(row, column, float (&values)[8], lse). States
 // are added in their order, so the bits do not depend on which of them ended first. A state with an
 // lse of -inf weighs nothing.
 template <int ROWS, int THREADS, typename Sink>
-__device__ __forceinline__ void merge_states(int first_row, int thread, const float* out,
-                                             const float* lse, i64 out_stride, i64 lse_stride,
-                                             int count, Sink sink) {
-    for (int i = thread; i < ROWS * ROW_CHUNKS; i += THREADS) {
+__device__ __forceinline__ void merge_states(const RowMap& rows, int first_row, int thread,
+                                             const float* out, const float* lse, i64 out_stride,
+                                             i64 lse_stride, int count, Sink sink) {
+    const int valid_rows = min(ROWS, rows.packed_len - rows.packed_begin - first_row);
+    for (int i = thread; i < valid_rows * ROW_CHUNKS; i += THREADS) {
         const int row = first_row + i / ROW_CHUNKS;
         const int column = i % ROW_CHUNKS * 8;
         float top = NEG_INF;
+        // Unrolled, so that the loads of several states are on their way together.
+#pragma unroll 8
         for (int s = 0; s < count; ++s) top = fmaxf(top, lse[s * lse_stride + row]);
         const float shift = top == NEG_INF ? 0.0f : top;
         float total = 0.0f;
         float sum[8] = {};
+#pragma unroll 8
         for (int s = 0; s < count; ++s) {
             const float weight = exp2_approx(lse[s * lse_stride + row] - shift);
             const float* source = out + s * out_stride + row * HEAD_DIM + column;
@@ -74,7 +78,6 @@ struct WriteResult {
     const RowMap& rows;
     __device__ __forceinline__ void operator()(int row, int column, const float (&values)[8],
                                                float lse) const {
-        if (!rows.valid(row)) return;
         const Params& p = rows.p;
         Chunk chunk;
         chunk.x = pack_pair(values[0] * p.v_scale, values[1] * p.v_scale);
@@ -99,8 +102,7 @@ struct PartialState {
     }
 };
 
-// Sink for a partial state. Rows past the request's end are written too: they cost nothing and
-// are never read into a result.
+// Sink for a partial state.
 struct WritePartial {
     const PartialState& state;
     __device__ __forceinline__ void operator()(int row, int column, const float (&values)[8],
@@ -137,7 +139,7 @@ __device__ __forceinline__ void merge_partials(const Params& p, const Work& work
     const RowMap rows(p, work);
     const PartialState first(p, work.item.first_partial, work.kv_head);
     const i64 heads = p.num_kv_heads;
-    merge_states<ROWS, THREADS>(first_row, thread, first.out, first.lse,
+    merge_states<ROWS, THREADS>(rows, first_row, thread, first.out, first.lse,
                                 heads * CTA_TILE_Q * HEAD_DIM, heads * CTA_TILE_Q,
                                 work.item.num_splits, WriteResult{rows});
 }

@@ -42,8 +42,11 @@ struct Params {
     float* partial_out;       // [slots, num_kv_heads, CTA_TILE_Q, HEAD_DIM], normalised
     float* partial_lse;       // [slots, num_kv_heads, CTA_TILE_Q], base 2
     int* merge_counters;      // [split tiles, num_kv_heads], zero between launches
-    int* work_counters;  // [2]: next piece of work, blocks that are done; zero between launches
-    int num_items, num_kv_heads, gqa_group_size, page_size, causal;
+    // [3]: next piece of work, and blocks that are done, both zero between launches; num_items of a
+    // plan that may change while its launch, recorded in a CUDA graph, may not.
+    int* work_counters;
+    int num_items;  // -1: work_counters has it
+    int num_kv_heads, gqa_group_size, page_size, causal;
     u32 group_magic, group_shift;  // division by gqa_group_size
     u32 page_magic, page_shift;    // division by page_size
     int negate_logits;  // the factor of the logits is -logit_scale
@@ -63,6 +66,11 @@ struct Work {
         : item(p.items[piece / p.num_kv_heads]), request(p.requests[item.request]),
           kv_head(piece % p.num_kv_heads) {}
 };
+
+// Pieces of work of a launch.
+__device__ __forceinline__ int num_pieces(const Params& p) {
+    return (p.num_items < 0 ? p.work_counters[2] : p.num_items) * p.num_kv_heads;
+}
 
 // n / divisor for 0 <= n < 2^31, by a multiplication with ceil(2^(31 + ceil(log2(divisor))) /
 // divisor) (Granlund and Montgomery 1994, "Division by invariant integers using multiplication").

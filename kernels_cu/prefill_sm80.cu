@@ -173,10 +173,10 @@ __device__ __forceinline__ void store(const Params& p, const Work& work, char* s
         write_state(states + warp * STATE_FLOATS, lses + warp * CTA_TILE_Q, o, state, 0, lane);
         __syncthreads();  // all states are there
         if (item.num_splits == 1)
-            merge_states<CTA_TILE_Q, NUM_THREADS>(0, threadIdx.x, states, lses, STATE_FLOATS,
+            merge_states<CTA_TILE_Q, NUM_THREADS>(rows, 0, threadIdx.x, states, lses, STATE_FLOATS,
                                                   CTA_TILE_Q, WARPS_KV, WriteResult{rows});
         else
-            merge_states<CTA_TILE_Q, NUM_THREADS>(0, threadIdx.x, states, lses, STATE_FLOATS,
+            merge_states<CTA_TILE_Q, NUM_THREADS>(rows, 0, threadIdx.x, states, lses, STATE_FLOATS,
                                                   CTA_TILE_Q, WARPS_KV, WritePartial{partial});
     } else if (item.num_splits == 1) {
         __syncwarp();  // every lane has read its last of the warp's rows of Q
@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, CTAS_PER_SM)
 
     if (threadIdx.x == 0) piece = blockIdx.x;
     __syncthreads();  // the first piece is known
-    while (piece < p.num_items * p.num_kv_heads) {
+    while (piece < num_pieces(p)) {
         Output o = {};
         SoftmaxState state;
         attend(p, Work(p, piece), shared, o, state);

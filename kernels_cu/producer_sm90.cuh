@@ -43,11 +43,11 @@ struct Claims {
         if (takes) look_up(lane);
     }
 
-    __device__ __forceinline__ bool more() const { return piece < p.num_items * p.num_kv_heads; }
+    __device__ __forceinline__ bool more() const { return piece < num_pieces(p); }
 
     // Whether no block has a second piece: then nobody asks for one.
     __device__ __forceinline__ bool all_first() const {
-        return p.num_items * p.num_kv_heads <= static_cast<int>(gridDim.x);
+        return num_pieces(p) <= static_cast<int>(gridDim.x);
     }
 
     __device__ __forceinline__ void look_up(int lane) {

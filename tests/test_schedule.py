@@ -12,7 +12,7 @@ import strategies
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from cupaged import device_plan, explain, schedule, tiles, validate
+from cupaged import device_plan, explain, schedule, tiles, validate_lengths
 from cupaged.schedule import Launch, Schedule
 from cupaged.spec import HOST_MODEL, AttentionSpec, DeviceModel
 
@@ -45,7 +45,7 @@ def lengths_of(spec: AttentionSpec, batch: Lengths) -> schedule.Lengths:
     last = [
         kv - (p - 1) * spec.page_size if p else 0 for (_, kv), p in zip(batch, pages, strict=True)
     ]
-    return validate.lengths(
+    return validate_lengths.lengths(
         np.cumsum([0, *qo_len]), np.cumsum([0, *pages]), np.array(last, np.int64), spec
     )
 
