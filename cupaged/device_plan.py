@@ -20,9 +20,9 @@ PARAMS_BEGIN = 32
 MAPS_BEGIN = PARAMS_BEGIN + PARAMS_DTYPE.itemsize
 _ARGUMENT_BYTES = MAPS_BEGIN + 2 * TENSOR_MAP_BYTES
 _POINTERS = struct.Struct("3Q")
-# The fields of PARAMS_DTYPE that a plan decides, in their order: seven pointers and nine numbers.
-_PLAN = struct.Struct("7Q5i4I")
-_PLAN_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "requests")
+# The fields of PARAMS_DTYPE that a plan decides, in their order: six pointers and nine numbers.
+_PLAN = struct.Struct("6Q5i4I")
+_PLAN_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "items")
 
 #: Parts of the uploaded block begin at multiples of this many int32.
 _ALIGNMENT = 32
@@ -151,7 +151,7 @@ class DevicePlan(PlacedPlan):
         placed = list(zip(offsets, parts, strict=True))
         self.uploaded = upload([Upload(self._block, size, placed)], device, self.stream)
         begin = self._block.ptr
-        requests, pages, *items = [begin + offset * 4 for offset in offsets]
+        pages, *items = [begin + offset * 4 for offset in offsets]
         partials = 0 if self._partials is None else self._partials.ptr
         self.launches = tuple(
             ready(
@@ -159,7 +159,7 @@ class DevicePlan(PlacedPlan):
                 launch.config,
                 launch.grid,
                 kernel,
-                (requests, item, pages),
+                (item, pages),
                 (partials, launch.num_partial_rows(spec)),
                 (begin + counter * 4, begin + (counter + 2) * 4),
                 len(launch.item_fields),
@@ -171,9 +171,9 @@ class DevicePlan(PlacedPlan):
 
 
 def _parts(schedule: Schedule, page_indices: IntArray) -> list[IntArray]:
-    """What a plan uploads: requests, pages, and each launch's items."""
+    """What a plan uploads: pages, and each launch's items."""
     items = [launch.item_fields.reshape(-1) for launch in schedule.launches]
-    return [schedule.request_fields.reshape(-1), page_indices, *items]
+    return [page_indices, *items]
 
 
 def _layout(schedule: Schedule, parts: list[IntArray]) -> tuple[list[int], list[int], int]:
@@ -195,7 +195,7 @@ def ready(
     config: KernelConfig,
     grid: int,
     kernel: int,
-    tables: tuple[int, int, int],
+    tables: tuple[int, int],
     partials: tuple[int, int],
     counters: tuple[int, int],
     num_items: int,
@@ -210,7 +210,7 @@ def ready(
     kernel : int
         Its `CUfunction`.
     tables : tuple of int
-        Addresses of requests, items and pages.
+        Addresses of items and pages.
     partials : tuple of int
         Address of the partial states, and the rows that all of them have.
     counters : tuple of int

@@ -12,7 +12,7 @@ from cupaged.devices import cupy, device_model
 from cupaged.frames import Frame
 from cupaged.graph_buffers import GraphBuffers
 from cupaged.schedule import IntArray, Schedule
-from cupaged.spec import ITEM_DTYPE, REQUEST_DTYPE, AttentionSpec
+from cupaged.spec import ITEM_DTYPE, AttentionSpec
 from cupaged.staging import Upload, upload
 from cupaged.tiles import slots
 
@@ -20,7 +20,6 @@ from cupaged.tiles import slots
 _HEADER = 4
 _NUM_ITEMS = 2
 _ITEM_WORDS = ITEM_DTYPE.itemsize // 4
-_REQUEST_WORDS = REQUEST_DTYPE.itemsize // 4
 
 
 class GraphPlan(PlacedPlan):
@@ -54,12 +53,11 @@ class GraphPlan(PlacedPlan):
         memory = cupy().cuda.alloc
         needed = max(room.partial_bytes(spec) for room in rooms)
         self._partials = memory(max(needed, 1)) if workspace is None else workspace.data
-        # In one block, by int32: a header for each launch, requests, each launch's items.
-        self._requests = len(rooms) * _HEADER
-        begin = self._requests + buffers.max_batch * _REQUEST_WORDS
+        # In one block, by int32: a header for each launch, then each launch's items. Kernels read
+        # those by 16 bytes, as headers and items are long.
+        begin = len(rooms) * _HEADER
         self._items = []
         for room in rooms:
-            begin = -(-begin // _ITEM_WORDS) * _ITEM_WORDS  # kernels read them by 16 bytes
             self._items.append(begin)
             begin += room.items * _ITEM_WORDS
         self._block = memory(begin * 4)
@@ -80,7 +78,7 @@ class GraphPlan(PlacedPlan):
                 room.config,
                 slots(room.config, model),
                 kernel,
-                (base + self._requests * 4, base + items * 4, self._pages.ptr),
+                (base + items * 4, self._pages.ptr),
                 (self._partials.ptr, room.partials * spec.num_kv_heads * room.config.cta_tile_q),
                 (base + i * _HEADER * 4, self._merge_counters.ptr + sum(merges[:i]) * 4),
                 -1,
@@ -101,7 +99,7 @@ class GraphPlan(PlacedPlan):
         items.update((launch.config, launch.item_fields) for launch in schedule.launches)
         headers = np.zeros((len(self._configs), _HEADER), np.int32)
         headers[:, _NUM_ITEMS] = [len(items[config]) for config in self._configs]
-        parts = [(0, headers.reshape(-1)), (self._requests, schedule.request_fields.reshape(-1))]
+        parts = [(0, headers.reshape(-1))]
         parts += [
             (begin, items[config].reshape(-1))
             for begin, config in zip(self._items, self._configs, strict=True)

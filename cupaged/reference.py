@@ -74,17 +74,16 @@ class _Tile:
 
     def __init__(self, schedule: Schedule, launch: Launch, item: np.void) -> None:
         spec = schedule.spec
-        request = schedule.requests[int(item["request"])]
-        qo_len, kv_len = int(request["qo_len"]), int(request["kv_len"])
+        qo_len, kv_len = int(item["qo_len"]), int(item["kv_len"])
         self.spec = spec
         self.cta_tile_kv = launch.config.cta_tile_kv
         self.kv_begin, self.kv_end = int(item["kv_begin"]), int(item["kv_end"])
-        self.page_begin = int(request["page_begin"])
+        self.page_begin = int(item["page_begin"])
         end = min(int(item["row_begin"]) + launch.config.cta_tile_q, qo_len * spec.gqa_group_size)
         packed = np.arange(int(item["row_begin"]), end)
         query, group_head = np.divmod(packed, spec.gqa_group_size)
         heads = np.arange(spec.num_kv_heads)[:, None] * spec.gqa_group_size
-        self.rows = int(request["qo_begin"]) + query  # [rows]
+        self.rows = int(item["qo_begin"]) + query  # [rows]
         self.heads = heads + group_head  # [num_kv_heads, rows]
         self.row_end = kv_len - qo_len + query + 1 if spec.causal else np.full(len(query), kv_len)
 

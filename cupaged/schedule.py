@@ -10,17 +10,15 @@ import numpy.typing as npt
 
 from cupaged import heuristics
 from cupaged.frames import Frame
-from cupaged.spec import ITEM_DTYPE, REQUEST_DTYPE, AttentionSpec, DeviceModel, KernelConfig
+from cupaged.spec import ITEM_DTYPE, AttentionSpec, DeviceModel, KernelConfig
 from cupaged.tiles import Shape, kernel_config, slots
 
 IntArray = npt.NDArray[np.int32]
 
-_REQUEST_FIELDS = REQUEST_DTYPE.itemsize // 4
 _ITEM_FIELDS = ITEM_DTYPE.itemsize // 4
 # Columns of the items while they are a plain array.
-_REQUEST, _ROW_BEGIN, _KV_BEGIN, _KV_END, _SPLIT, _NUM_SPLITS, _FIRST_PARTIAL, _MERGE = range(
-    _ITEM_FIELDS
-)
+_REQUEST, _ROW_BEGIN, _KV_BEGIN, _KV_END, _SPLIT, _NUM_SPLITS, _FIRST_PARTIAL, _MERGE = range(8)
+_QO_BEGIN, _QO_LEN, _KV_LEN, _PAGE_BEGIN = range(8, _ITEM_FIELDS)
 _UINT16_MAX = 2**16 - 1
 _MAX_SPLIT = 2**30  # no request has more keys
 
@@ -91,7 +89,6 @@ class Schedule(NamedTuple):
     device : DeviceModel
         What it was divided for. It is right on any other of the same class of tiles.
     lengths : Lengths
-    request_fields : int32 [batch, fields of REQUEST_DTYPE]
     fixed_split_size : int, optional
         Pages of a split, where the caller fixed it.
     disable_split_kv : bool
@@ -102,15 +99,9 @@ class Schedule(NamedTuple):
     spec: AttentionSpec
     device: DeviceModel
     lengths: Lengths
-    request_fields: IntArray
     fixed_split_size: int | None
     disable_split_kv: bool
     launches: tuple[Launch, ...]
-
-    @property
-    def requests(self) -> npt.NDArray[np.void]:
-        """The requests as records: REQUEST_DTYPE [batch]."""
-        return self.request_fields.view(REQUEST_DTYPE).reshape(-1)
 
     @property
     def workspace_bytes(self) -> int:
@@ -144,11 +135,6 @@ def build(
     frame : Frame, optional
         What the batch must fit.
     """
-    requests = np.empty((len(lengths.qo_len), _REQUEST_FIELDS), np.int32)
-    requests[:, 0] = lengths.qo_indptr[:-1]
-    requests[:, 1] = lengths.qo_len
-    requests[:, 2] = lengths.kv_len
-    requests[:, 3] = lengths.paged_kv_indptr[:-1]
     launches = []
     # Bits may depend on the batch only where the caller has not asked that they don't.
     by_request = fixed_split_size is not None or disable_split_kv
@@ -176,7 +162,6 @@ def build(
         spec,
         device,
         lengths,
-        requests,
         fixed_split_size,
         disable_split_kv,
         tuple(launches),
@@ -251,14 +236,20 @@ def _query_tiles(
     """
     cta_tile_q = config.cta_tile_q
     qo_len, extent = lengths.qo_len, lengths.kv_len
+    qo_begin, page_begin = lengths.qo_indptr[:-1], lengths.paged_kv_indptr[:-1]
     if chosen is not None:
         packed_len, qo_len, extent = packed_len[chosen], qo_len[chosen], extent[chosen]
+        qo_begin, page_begin = qo_begin[chosen], page_begin[chosen]
     batch = len(packed_len)
     # Each request as the last of its tiles, which sees all of its keys.
     tiles = np.zeros((batch, _ITEM_FIELDS), np.int32)
-    tiles[:, _REQUEST] = np.arange(batch) if chosen is None else chosen
+    tiles[:, _REQUEST] = _counting(batch) if chosen is None else chosen
     tiles[:, _KV_END] = extent
     tiles[:, _NUM_SPLITS] = 1
+    tiles[:, _QO_BEGIN] = qo_begin
+    tiles[:, _QO_LEN] = qo_len
+    tiles[:, _KV_LEN] = extent
+    tiles[:, _PAGE_BEGIN] = page_begin
     if not one_each:
         counts = _ceil_div(packed_len, cta_tile_q)
         ends = np.add.accumulate(counts, out=np.empty_like(counts))
@@ -267,7 +258,7 @@ def _query_tiles(
         first_sees = extent - qo_len + _int32(1)  # keys that each first query sees under causal
         tiles = tiles.repeat(counts, axis=0)
         row_begin = tiles[:, _ROW_BEGIN]
-        row_begin += np.arange(0, len(tiles) * cta_tile_q, cta_tile_q, dtype=np.int32)
+        row_begin += _counting(len(tiles)) * _int32(cta_tile_q)
         extent = tiles[:, _KV_END]
         if spec.causal:
             # The tile's last row, if the request has so many, sees the most keys.
@@ -312,11 +303,11 @@ def _launch(
         tiles[:, _NUM_SPLITS] = num_splits
         # Of tiles that stay whole, these two say nothing.
         tiles[:, _FIRST_PARTIAL] = begins - whole
-        tiles[:, _MERGE] = np.arange(len(tiles)) - whole
+        tiles[:, _MERGE] = _counting(len(tiles)) - whole
         tiles[:, _SPLIT] = -begins
         items = tiles.repeat(num_splits, axis=0)
         split, kv_end = items[:, _SPLIT], items[:, _KV_END]
-        split += np.arange(len(items), dtype=np.int32)
+        split += _counting(len(items))
         kv_begin = split * _int32(split_size)
         items[:, _KV_BEGIN] = kv_begin
         np.minimum(kv_begin + _int32(split_size), kv_end, out=kv_end)
@@ -324,6 +315,14 @@ def _launch(
         items = items.take(_longest_first(kv_tiles), axis=0)
     grid = min(num_slots, len(items) * spec.num_kv_heads)
     return Launch(config, items, grid, num_partials, num_merges)
+
+
+@lru_cache(maxsize=64)
+def _counting(end: int) -> IntArray:
+    """0, 1, … up to `end`."""
+    numbers = np.arange(end, dtype=np.int32)
+    numbers.flags.writeable = False  # many plans share them
+    return numbers
 
 
 def _longest_first(kv_tiles: IntArray) -> npt.NDArray[np.intp]:

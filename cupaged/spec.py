@@ -26,17 +26,8 @@ DTYPES: dict[str, np.dtype] = {
 SERVED_DTYPES = ("float16", "bfloat16")
 SERVED_HEAD_DIMS = (64, 128, 256)
 
-#: A request's place in the arrays, as both backends read it.
-REQUEST_DTYPE = np.dtype(
-    [
-        ("qo_begin", np.int32),  # first row of q: qo_indptr[r]
-        ("qo_len", np.int32),
-        ("kv_len", np.int32),
-        ("page_begin", np.int32),  # first entry of the page table: paged_kv_indptr[r]
-    ]
-)
-
-#: A work item: one query tile of one request, against one range of its keys, for every KV head.
+#: A work item: one query tile of one request, against one range of its keys, for every KV head. It
+#: says where the request lies too, so that whoever works on it has no other record to wait for.
 #:
 #: Rows are *packed*: row ``i * gqa_group_size + g`` is query ``i`` under the ``g``-th query head
 #: of the KV head's group, so that one tile of K and V serves the whole group.
@@ -50,6 +41,10 @@ ITEM_DTYPE = np.dtype(
         ("num_splits", np.int32),  # 1: the item writes its result; more: a partial state
         ("first_partial", np.int32),  # partial-state slot of split 0; the others follow it
         ("merge", np.int32),  # which counter tells the tile's last split that it is the last
+        ("qo_begin", np.int32),  # first row of q of the request: qo_indptr[r]
+        ("qo_len", np.int32),  # the request's query rows
+        ("kv_len", np.int32),  # the request's keys
+        ("page_begin", np.int32),  # first entry of its page table: paged_kv_indptr[r]
     ]
 )
 
@@ -290,7 +285,6 @@ PARAMS_DTYPE = np.dtype(
     + [
         (pointer, np.uint64)
         for pointer in (
-            "requests",
             "items",
             "page_indices",
             "partial_out",
@@ -319,7 +313,7 @@ PARAMS_DTYPE = np.dtype(
 )
 
 #: The attention kernels' structs and the NumPy dtypes that mirror them.
-DEVICE_STRUCTS = {"Request": REQUEST_DTYPE, "Item": ITEM_DTYPE, "Params": PARAMS_DTYPE}
+DEVICE_STRUCTS = {"Item": ITEM_DTYPE, "Params": PARAMS_DTYPE}
 
 
 def field_offset(dtype: np.dtype, field: str) -> int:

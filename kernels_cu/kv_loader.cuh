@@ -29,7 +29,7 @@ struct KvLoader {
                                         int lane)
         : p(p),
           kv_head(work.kv_head),
-          page_begin(work.request.page_begin),
+          page_begin(work.item.page_begin),
           kv_end(work.item.kv_end),
           warp_row(warp * ROWS_PER_WARP),
           target(stages + copy_offset(warp * ROWS_PER_WARP, lane)) {

@@ -11,7 +11,7 @@ struct RowMap {
 
     __device__ __forceinline__ RowMap(const Params& p, const Work& work)
         : p(p), packed_begin(work.item.row_begin),
-          packed_len(work.request.qo_len * p.gqa_group_size), qo_begin(work.request.qo_begin),
+          packed_len(work.item.qo_len * p.gqa_group_size), qo_begin(work.item.qo_begin),
           first_head(work.kv_head * p.gqa_group_size) {}
 
     __device__ __forceinline__ bool valid(int row) const { return packed_begin + row < packed_len; }

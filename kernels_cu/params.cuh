@@ -3,18 +3,10 @@
 #pragma once
 #include "types.cuh"
 
-// A request's place in the arrays.
-struct Request {
-    int qo_begin;    // first row of q and out
-    int qo_len;      // query rows
-    int kv_len;      // keys
-    int page_begin;  // first entry of page_indices
-};
-
-// One query tile of one request against one range of its keys, for every KV head. Rows are
-// packed: row i * gqa_group_size + g is query i under the g-th query head of the KV head's group.
+// One query tile of one request against one range of its keys, for every KV head, and where the
+// request lies: one record to wait for, and no other after it. Rows are packed: row i * gqa_group_size + g is query i under the g-th query head of the KV head's group.
 struct alignas(16) Item {
-    int request;
+    int request;        // its number
     int row_begin;      // first packed row
     int kv_begin;       // first key, inclusive
     int kv_end;         // last key, exclusive; kv_begin where no row of the tile sees a key
@@ -22,6 +14,10 @@ struct alignas(16) Item {
     int num_splits;     // 1: it writes the result; more: a partial state
     int first_partial;  // partial-state slot of split 0
     int merge;          // its tile's place in merge_counters
+    int qo_begin;       // the request's first row of q and out
+    int qo_len;         // its query rows
+    int kv_len;         // its keys
+    int page_begin;     // its first entry of page_indices
 };
 
 // Strides are in elements, and may be any; the last axis of every tensor is contiguous.
@@ -36,7 +32,6 @@ struct Params {
     i64 v_stride_page, v_stride_token, v_stride_head;
     i64 out_stride_row, out_stride_head;
     i64 lse_stride_row, lse_stride_head;
-    const Request* requests;  // [batch]
     const Item* items;        // [num_items]
     const int* page_indices;  // [page_begin of a request + its pages]
     float* partial_out;       // [slots, num_kv_heads, CTA_TILE_Q, HEAD_DIM], normalised
@@ -59,12 +54,10 @@ struct Params {
 // kept, since they are not worth registers during the loop over the keys.
 struct Work {
     Item item;
-    Request request;
     int kv_head;
 
     __device__ __forceinline__ Work(const Params& p, int piece)
-        : item(p.items[piece / p.num_kv_heads]), request(p.requests[item.request]),
-          kv_head(piece % p.num_kv_heads) {}
+        : item(p.items[piece / p.num_kv_heads]), kv_head(piece % p.num_kv_heads) {}
 };
 
 // Pieces of work of a launch.

@@ -12,7 +12,7 @@ struct Visibility {
 
     __device__ __forceinline__ Visibility(const Params& p, const Work& work)
         : item_end(work.item.kv_end),
-          causal_end(work.request.kv_len - (p.causal ? work.request.qo_len - 1 : 0)),
+          causal_end(work.item.kv_len - (p.causal ? work.item.qo_len - 1 : 0)),
           step(p.causal ? 1 : 0) {}
 
     // The first key, of the item's, that a query of the request no longer sees.

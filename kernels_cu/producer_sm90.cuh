@@ -55,11 +55,8 @@ struct Claims {
         following = 0;
         if (!more()) return;
         if (lane == 0) following = gridDim.x + (all_first() ? 0 : atomicAdd(p.work_counters, 1));
-        // Lanes 0..7 read the item, 8..11 its request, 12 has the head.
-        if (lane < 8) word = reinterpret_cast<const int*>(p.items + piece / p.num_kv_heads)[lane];
-        const int request = __shfl_sync(~0u, word, 0);
-        if (lane >= 8 && lane < 12)
-            word = reinterpret_cast<const int*>(p.requests + request)[lane - 8];
+        // Lanes 0..11 read the item, 12 has the head.
+        if (lane < 12) word = reinterpret_cast<const int*>(p.items + piece / p.num_kv_heads)[lane];
         if (lane == 12) word = piece % p.num_kv_heads;
     }
 
@@ -85,7 +82,7 @@ struct Claims {
             p.work_counters[0] = p.work_counters[1] = 0;
     }
 };
-static_assert(sizeof(Item) == 32 && sizeof(Request) == 16, "look_up() reads them by words");
+static_assert(sizeof(Item) == 48, "look_up() reads it by words");
 
 // Copying rows: WARPS warps take ROWS_PER_PASS neighbouring rows each in every pass, 16 bytes a
 // lane. Each lane finds the place of one of its warp's rows, this one of those to copy.
@@ -177,7 +174,7 @@ struct BoxLoader {
 
     __device__ __forceinline__ void load(const Work& work, int lane) {
         const Item item = work.item;
-        const int page_begin = work.request.page_begin;
+        const int page_begin = work.item.page_begin;
         const int k_panel = work.kv_head * static_cast<int>(p.k_stride_head / 64);
         const int v_panel = work.kv_head * static_cast<int>(p.v_stride_head / 64);
         const int num_tiles = num_kv_tiles(item);
@@ -293,7 +290,7 @@ struct RowLoader {
         const Item& item = work.item;
         const int num_tiles = num_kv_tiles(item);
         if (num_tiles == 0) return;
-        const int* const pages = p.page_indices + work.request.page_begin;
+        const int* const pages = p.page_indices + work.item.page_begin;
         const u16* const k = p.k + work.kv_head * p.k_stride_head;
         const u16* const v = p.v + work.kv_head * p.v_stride_head;
         const auto look_up = [&](int tile) {

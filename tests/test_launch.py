@@ -16,7 +16,7 @@ from cupaged.spec import PARAMS_DTYPE
 PAGES, PAGE_SIZE, HEADS, DIM = 5, 16, 2, 64
 FIELDS = PARAMS_DTYPE.names
 #: What a plan decides, between what a call decides, and numbers to know them by.
-PLAN_FIELDS = FIELDS[FIELDS.index("requests") : FIELDS.index("negate_logits")]
+PLAN_FIELDS = FIELDS[FIELDS.index("items") : FIELDS.index("negate_logits")]
 PLANNED = tuple(range(101, 101 + len(PLAN_FIELDS)))
 SIZE = tensor_maps.TENSOR_MAP_BYTES
 MAPS = b"k" * SIZE + b"v" * SIZE
