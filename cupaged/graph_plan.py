@@ -121,7 +121,8 @@ def _last_page_len(schedule: Schedule) -> IntArray:
     """Tokens of each request's last page, 0 where it has none."""
     lengths, page_size = schedule.lengths, schedule.spec.page_size
     pages = np.diff(lengths.paged_kv_indptr)
-    return lengths.kv_len - np.maximum(pages - 1, 0) * np.int32(page_size)
+    last: IntArray = lengths.kv_len - np.maximum(pages - 1, 0) * np.int32(page_size)
+    return last
 
 
 def _whole(target: Any, part: IntArray) -> Upload:

@@ -148,16 +148,20 @@ def build(
             one_each = fewest > 0 and most <= config.cta_tile_q
             tiles, kv_tiles = _query_tiles(spec, lengths, packed_len, chosen, one_each, config)
             order = _longest_first(kv_tiles)
+            split_size, first = None, 0
             if fixed_split_size is not None:
                 split_size = min(fixed_split_size * spec.page_size, _MAX_SPLIT)
-            elif disable_split_kv:
-                split_size = None
-            else:
-                split_size = heuristics.choose_split(kv_tiles, order, spec.num_kv_heads, num_slots)
-                split_size = split_size and split_size * config.cta_tile_kv
+            elif not disable_split_kv:
+                split = heuristics.choose_split(
+                    kv_tiles, order, spec.num_kv_heads, num_slots, shape == "long"
+                )
+                if split is not None:
+                    split_size, first = split.kv_tiles * config.cta_tile_kv, split.first
             tiles = tiles.take(order, axis=0)
             most_partials = None if frame is None or by_request else frame[shape].partials
-            launches.append(_launch(spec, config, tiles, split_size, num_slots, most_partials))
+            launches.append(
+                _launch(spec, config, tiles, split_size, first, num_slots, most_partials)
+            )
     return Schedule(
         spec,
         device,
@@ -277,10 +281,11 @@ def _launch(
     config: KernelConfig,
     tiles: IntArray,
     split_size: int | None,
+    first: int,
     num_slots: int,
     most_partials: int | None,
 ) -> Launch:
-    """Items of query tiles, longest first, each cut into splits of `split_size` keys.
+    """Items of query tiles, longest first, each from `first` on cut into splits of so many keys.
 
     Whole where more than `most_partials` partial states would be needed. Writes into `tiles`, and
     may keep them.
@@ -288,16 +293,17 @@ def _launch(
     num_partials = num_merges = 0
     items = tiles
     extent = tiles[:, _KV_END]
-    if split_size is not None and extent[extent.argmax()] > split_size:
+    if split_size is not None and extent[first:].max() > split_size:
         # A tile without keys still has one split, which writes its zeros.
         num_splits = np.maximum(_ceil_div(extent, split_size), _int32(1))
+        num_splits[:first] = 1
         ends = np.add.accumulate(num_splits, out=np.empty_like(num_splits))
         begins = ends - num_splits
         stays = num_splits == _int32(1)
         whole = np.add.accumulate(stays, dtype=np.int32)
         num_partials = int(ends[-1]) - int(whole[-1])
         if most_partials is not None and num_partials > most_partials:
-            return _launch(spec, config, tiles, None, num_slots, None)
+            return _launch(spec, config, tiles, None, 0, num_slots, None)
         num_merges = len(tiles) - int(whole[-1])
         whole -= stays  # now those before each tile
         tiles[:, _NUM_SPLITS] = num_splits
@@ -310,7 +316,8 @@ def _launch(
         split += _counting(len(items))
         kv_begin = split * _int32(split_size)
         items[:, _KV_BEGIN] = kv_begin
-        np.minimum(kv_begin + _int32(split_size), kv_end, out=kv_end)
+        ends = kv_begin + _int32(split_size)
+        np.minimum(ends, kv_end, out=kv_end, where=items[:, _NUM_SPLITS] > 1)
         kv_tiles = _ceil_div(kv_end - kv_begin, config.cta_tile_kv)
         items = items.take(_longest_first(kv_tiles), axis=0)
     grid = min(num_slots, len(items) * spec.num_kv_heads)

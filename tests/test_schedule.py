@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,20 @@ def test_every_row_and_visible_key_is_covered_once(
     spec: AttentionSpec, batch: Lengths, device: DeviceModel, options: dict[str, Any]
 ) -> None:
     check_coverage(build(spec, batch, device, **options))
+
+
+@given(specs(), length_lists(200, 600), devices(), split_options())
+def test_an_item_says_where_its_request_lies(
+    spec: AttentionSpec, batch: Lengths, device: DeviceModel, options: dict[str, Any]
+) -> None:
+    plan = build(spec, batch, device, **options)
+    lengths = plan.lengths
+    for items in (launch.items for launch in plan.launches):
+        r = items["request"]
+        np.testing.assert_array_equal(items["qo_begin"], lengths.qo_indptr[r])
+        np.testing.assert_array_equal(items["qo_len"], lengths.qo_len[r])
+        np.testing.assert_array_equal(items["kv_len"], lengths.kv_len[r])
+        np.testing.assert_array_equal(items["page_begin"], lengths.paged_kv_indptr[r])
 
 
 @given(specs(), length_lists(300, 20_000), devices(), split_options())
@@ -283,6 +298,24 @@ def test_a_lone_long_request_fills_the_device(kv_len: int) -> None:
     assert launch.num_merges == 1
     unsplit_finish = predicted_finish(unsplit(launch), spec, HOST_MODEL)
     assert predicted_finish(launch, spec, HOST_MODEL) < unsplit_finish / 2
+
+
+def test_a_part_filled_last_wave_is_filled_up() -> None:
+    """94 tiles for 16 heads are 11.4 waves of 132: the last one's are cut, and no others."""
+    spec = spec_of(group=1, num_kv_heads=16, causal=False)
+    plan = build(spec, [(94 * 128, 12_000)])
+    (launch,) = plan.launches
+    check_coverage(plan)
+    assert len(launch.items) == 94 + launch.num_merges
+    assert launch.num_merges == 94 - 11 * 132 // 16
+    saved = predicted_finish(unsplit(launch), spec, HOST_MODEL) - predicted_finish(
+        launch, spec, HOST_MODEL
+    )
+    assert saved > 0.03 * predicted_finish(unsplit(launch), spec, HOST_MODEL)
+    # Whole waves, and items whose shorter ones fill the last one up, stay as they are.
+    whole = build(spec, [(132 * 128, 12_000)])
+    causal = build(replace(spec, causal=True), [(94 * 128, 94 * 128)])
+    assert [launch.num_merges for launch in (*whole.launches, *causal.launches)] == [0, 0]
 
 
 @pytest.mark.parametrize(
