@@ -36,8 +36,11 @@ _LONG_ROWS = 128
 ITEM_COST = 2
 SPLIT_COST = 2
 
-#: Filling a part-filled last wave has to save this share of a slot's mean work: an H200 at its power
-#: cap lost up to 0.9% where 1.5 to 1.9% were foretold, and gained 3.6% where 4.1% were.
+#: Waves of which one may take a tenth of the time.
+_MAX_WAVES = 16
+
+#: Filling a part-filled last wave has to save this share of a slot's mean work: an H200 at its
+#: power cap lost up to 0.9% where 1.5 to 1.9% were foretold, and gained 3.6% where 4.1% were.
 _WORTH = 0.03
 #: Items make waves where the shortest has at least this share of the longest's keys. Others fill
 #: the last wave up by themselves, as they lie longest first.
@@ -186,7 +189,7 @@ def choose_split(
         A slot without work is lost. Where it isn't, since the items are bound by the memory that
         all share, it leaves the others more.
     """
-    longest = int(kv_tiles[order[0]])
+    longest = kv_tiles.item(order.item(0))
     if longest < 2 * _MIN_TILES_PER_SPLIT:
         return None
     tiles = int(np.add.reduce(kv_tiles, dtype=np.int64))
@@ -194,50 +197,60 @@ def choose_split(
     mean = (tiles * num_kv_heads + ITEM_COST * num_items) / slots
     # Where not even one more of the longest would cost a tenth, the bounds need not be known.
     if longest + ITEM_COST > 0.1 * mean:
-        unsplit = max(mean, longest + ITEM_COST)
-        if num_items > slots:
-            # A wave's first piece waits for one at least as long in every wave before it.
-            firsts = order.take(np.arange(0, num_items, slots) // num_kv_heads)
-            ends = (kv_tiles.take(firsts) + ITEM_COST) * np.arange(1, len(firsts) + 1)
-            unsplit = max(unsplit, int(ends[ends.argmax()]))
+        unsplit = mean
+        # A wave's first piece waits for one at least as long in every wave before it. Of more waves
+        # than these, one more isn't a tenth.
+        for wave, piece in enumerate(range(0, min(num_items, _MAX_WAVES * slots), slots), 1):
+            first = kv_tiles.item(order.item(piece // num_kv_heads))
+            unsplit = max(unsplit, (first + ITEM_COST) * wave)
         # No split can end before its pieces' mean, and there are no fewer pieces than items.
         least = (tiles * num_kv_heads + (ITEM_COST + SPLIT_COST) * num_items) / slots
         if unsplit > max(1.1 * mean, least):
-            return _split_all(kv_tiles, num_kv_heads, slots, tiles, longest, unsplit)
+            return _split_all(kv_tiles, order, num_kv_heads, slots, tiles, unsplit)
     if fill_last_wave and num_items > slots:
         return _split_last_wave(kv_tiles, order, num_kv_heads, slots, _WORTH * mean)
     return None
 
 
 def _split_all(
-    kv_tiles: IntArray, num_kv_heads: int, slots: int, tiles: int, longest: int, unsplit: float
+    kv_tiles: IntArray,
+    order: npt.NDArray[np.intp],
+    num_kv_heads: int,
+    slots: int,
+    tiles: int,
+    unsplit: float,
 ) -> Split | None:
     """The best of some candidates, where it ends earlier than without a split.
 
     Parameters
     ----------
-    kv_tiles, num_kv_heads, slots
+    kv_tiles, order, num_kv_heads, slots
         Those of `choose_split`.
-    tiles, longest : int
-        Sum and highest of `kv_tiles`.
+    tiles : int
+        Sum of `kv_tiles`.
     unsplit : float
         When the items end that aren't split.
     """
     share = tiles * num_kv_heads / slots
-    lowest, highest = _MIN_TILES_PER_SPLIT, longest - 1
+    lowest, highest = _MIN_TILES_PER_SPLIT, kv_tiles.item(order.item(0)) - 1
     chunks = sorted({min(max(math.ceil(c * share), lowest), highest) for c in _CANDIDATES})
-    # Rounded down, the quotients are an item's whole pieces; rounded up, all of its pieces.
-    divisors = np.array([*chunks, *chunks], np.int32)[:, None]  # [2 * candidates, 1]
-    round_up = np.array([*[0] * len(chunks), *[chunk - 1 for chunk in chunks]], np.int32)[:, None]
-    counts = np.add.reduce((kv_tiles + round_up) // divisors, axis=1).tolist()
-    finish = [
-        _split_finish(chunk, whole, piece - whole, tiles, num_kv_heads, slots)
-        for chunk, whole, piece in zip(
-            chunks, counts[: len(chunks)], counts[len(chunks) :], strict=True
-        )
-    ]
-    best = min(finish)
-    return Split(chunks[finish.index(best)]) if best < unsplit else None
+    # No more items than these can be as long as a chunk. They are so few that plain Python is
+    # faster than NumPy's calls.
+    long_items = kv_tiles.take(order[: tiles // chunks[0]]).tolist()
+    best, finish = 0, unsplit
+    for chunk in chunks:
+        wholes, rests = 0, len(kv_tiles)
+        for item in long_items:
+            if item < chunk:
+                break
+            whole = item // chunk
+            wholes += whole
+            if item == whole * chunk:
+                rests -= 1
+        end = _split_finish(chunk, wholes, rests, tiles, num_kv_heads, slots)
+        if end < finish:
+            best, finish = chunk, end
+    return Split(best) if best else None
 
 
 def _split_last_wave(
@@ -260,12 +273,13 @@ def _split_last_wave(
     first = (num_items * num_kv_heads - 1) // slots * slots // num_kv_heads
     pieces = (num_items - first) * num_kv_heads
     free = slots - pieces
-    if free <= 0 or kv_tiles[order[-1]] < _NEARLY_EQUAL * kv_tiles[order[0]]:
+    shortest, longest = kv_tiles.item(order.item(-1)), kv_tiles.item(order.item(0))
+    if free <= 0 or shortest < _NEARLY_EQUAL * longest:
         return None
     # A slot that is left over takes so many rests, one after the other, while the others work on
     # the long pieces: they end together where rests * (longest - long + cost) = long + cost.
     rests = -(-pieces // free)
-    longest, cost = int(kv_tiles[order[first]]), ITEM_COST + SPLIT_COST
+    longest, cost = kv_tiles.item(order.item(first)), ITEM_COST + SPLIT_COST
     long = math.ceil((rests * (longest + cost) - cost) / (rests + 1))
     saved = longest + ITEM_COST - (long + cost)
     return Split(long, first) if long < longest and saved >= worth else None

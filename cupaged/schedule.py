@@ -292,36 +292,38 @@ def _launch(
     """
     num_partials = num_merges = 0
     items = tiles
-    extent = tiles[:, _KV_END]
-    if split_size is not None and extent[first:].max() > split_size:
-        # A tile without keys still has one split, which writes its zeros.
-        num_splits = np.maximum(_ceil_div(extent, split_size), _int32(1))
-        num_splits[:first] = 1
-        ends = np.add.accumulate(num_splits, out=np.empty_like(num_splits))
-        begins = ends - num_splits
-        stays = num_splits == _int32(1)
-        whole = np.add.accumulate(stays, dtype=np.int32)
-        num_partials = int(ends[-1]) - int(whole[-1])
+    if split_size is not None:
+        cut = tiles[:, _KV_END] > _int32(split_size)
+        cut[:first] = False
+        num_merges = int(np.count_nonzero(cut))
+    if split_size is not None and num_merges:
+        pieces = _cut(tiles[cut], split_size)
+        num_partials = len(pieces)
         if most_partials is not None and num_partials > most_partials:
             return _launch(spec, config, tiles, None, 0, num_slots, None)
-        num_merges = len(tiles) - int(whole[-1])
-        whole -= stays  # now those before each tile
-        tiles[:, _NUM_SPLITS] = num_splits
-        # Of tiles that stay whole, these two say nothing.
-        tiles[:, _FIRST_PARTIAL] = begins - whole
-        tiles[:, _MERGE] = _counting(len(tiles)) - whole
-        tiles[:, _SPLIT] = -begins
-        items = tiles.repeat(num_splits, axis=0)
-        split, kv_end = items[:, _SPLIT], items[:, _KV_END]
-        split += _counting(len(items))
-        kv_begin = split * _int32(split_size)
-        items[:, _KV_BEGIN] = kv_begin
-        ends = kv_begin + _int32(split_size)
-        np.minimum(ends, kv_end, out=kv_end, where=items[:, _NUM_SPLITS] > 1)
-        kv_tiles = _ceil_div(kv_end - kv_begin, config.cta_tile_kv)
+        items = np.concatenate((pieces, tiles[~cut])) if num_merges < len(tiles) else pieces
+        kv_tiles = _ceil_div(items[:, _KV_END] - items[:, _KV_BEGIN], config.cta_tile_kv)
         items = items.take(_longest_first(kv_tiles), axis=0)
     grid = min(num_slots, len(items) * spec.num_kv_heads)
     return Launch(config, items, grid, num_partials, num_merges)
+
+
+def _cut(tiles: IntArray, split_size: int) -> IntArray:
+    """The splits of unsplit items, each longer than one; writes into `tiles`."""
+    num_splits = _ceil_div(tiles[:, _KV_END], split_size)
+    begins = np.add.accumulate(num_splits, out=np.empty_like(num_splits))
+    begins -= num_splits
+    tiles[:, _NUM_SPLITS] = num_splits
+    tiles[:, _FIRST_PARTIAL] = begins
+    tiles[:, _MERGE] = _counting(len(tiles))
+    pieces = tiles.repeat(num_splits, axis=0)
+    split, kv_end = _counting(len(pieces)) - pieces[:, _FIRST_PARTIAL], pieces[:, _KV_END]
+    pieces[:, _SPLIT] = split
+    split *= _int32(split_size)
+    pieces[:, _KV_BEGIN] = split
+    split += _int32(split_size)
+    np.minimum(split, kv_end, out=kv_end)
+    return pieces
 
 
 @lru_cache(maxsize=64)
