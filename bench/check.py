@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from workloads import PageTable, Workload
+from workloads import PageTable, Workload, head_rows
 
 #: An (output row, head) is wrong when it differs from the formula by more than this many unit
 #: roundoffs of its dtype, in the 2-norm over head_dim. A right kernel rounds the probabilities
@@ -111,7 +111,26 @@ def widen(xp: Any, bits: Any, dtype: str) -> Any:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
 
 
-def verify(
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the formula gives for a sample of a batch's rows.
+
+    Attributes
+    ----------
+    requests, rows : int array [sampled], on the host
+        Whose row it is, and which of that request's.
+    places : int array [sampled]
+        Which row of q, and of the output.
+    expected : array, float64, [sampled, num_qo_heads, head_dim]
+    """
+
+    requests: np.ndarray
+    rows: np.ndarray
+    places: Any
+    expected: Any
+
+
+def answers(
     xp: Any,
     workload: Workload,
     table: PageTable,
@@ -119,10 +138,9 @@ def verify(
     q: Any,
     k: Any,
     v: Any,
-    out_bits: Any,
     rng: np.random.Generator,
-) -> Verdict:
-    """Compare an output with the formula.
+) -> Answers:
+    """Draw rows of every request, and compute them.
 
     Parameters
     ----------
@@ -131,16 +149,63 @@ def verify(
     workload, table : Workload, PageTable
         The batch.
     dtype : str
-        "float16" or "bfloat16", of all four arrays.
+        "float16" or "bfloat16", of all three arrays.
     q : array, [nnz_qo, num_qo_heads, head_dim]
-    k, v : array, [num_pages, page_size, num_kv_heads, head_dim]
-    out_bits : array, uint16, [nnz_qo, num_qo_heads, head_dim]
-        The output's bits. All are looked at for NaN and Inf, a sample for its value.
+    k, v : array, in pages, as the workload's layout has it
     rng : numpy.random.Generator
         Draws the sample.
     """
-    if out_bits.shape != q.shape:
-        return Verdict(False, math.inf, math.inf, f"shape {out_bits.shape}, expected {q.shape}")
+    keys, values = (cache.view(np.uint16).reshape(-1, workload.head_dim) for cache in (k, v))
+    queries = q.view(np.uint16)
+    requests, sampled, places = [], [], []
+    expected = [xp.zeros((0, *q.shape[1:]))]
+    for request, (qo_len, kv_len) in enumerate(
+        zip(workload.qo_lens, workload.kv_lens, strict=True)
+    ):
+        rows = sample_rows(qo_len, workload.batch, rng)
+        if len(rows) == 0:
+            continue
+        requests.append(np.full(len(rows), request))
+        sampled.append(rows)
+        places.append(rows + int(table.qo_indptr[request]))
+        lie = xp.asarray(head_rows(workload, table, table.slots(request)))
+        expected.append(
+            attention_rows(
+                xp,
+                widen(xp, queries[xp.asarray(places[-1])], dtype),
+                widen(xp, keys[lie], dtype),
+                widen(xp, values[lie], dtype),
+                xp.asarray(visible_keys(rows, qo_len, kv_len, workload.causal)),
+                1.0 / math.sqrt(workload.head_dim),
+            )
+        )
+    none = np.zeros(0, np.int64)
+    return Answers(
+        np.concatenate([none, *requests]),
+        np.concatenate([none, *sampled]),
+        xp.asarray(np.concatenate([none, *places])),
+        xp.concatenate(expected),
+    )
+
+
+def compare(xp: Any, known: Answers, dtype: str, out_bits: Any, shape: tuple[int, ...]) -> Verdict:
+    """Hold an output against what the formula gives.
+
+    Parameters
+    ----------
+    xp : module
+        `numpy` or `cupy`, whose arrays the others are.
+    known : Answers
+        The formula's rows.
+    dtype : str
+        "float16" or "bfloat16", of the output.
+    out_bits : array, uint16, [nnz_qo, num_qo_heads, head_dim]
+        The output's bits. All are looked at for NaN and Inf, the sampled rows for their values.
+    shape : tuple of int
+        What the output's shape has to be.
+    """
+    if out_bits.shape != shape:
+        return Verdict(False, math.inf, math.inf, f"shape {out_bits.shape}, expected {shape}")
     exponent = np.uint16(EXPONENT_BITS[dtype])
     broken = (out_bits & exponent) == exponent
     num_broken = int(broken.sum())
@@ -148,40 +213,18 @@ def verify(
         row, head, _ = np.unravel_index(int(broken.argmax()), out_bits.shape)
         detail = f"{num_broken} values are not finite, the first in row {row}, head {head}"
         return Verdict(False, math.inf, math.inf, detail)
-
-    heads_dim = (workload.num_kv_heads, workload.head_dim)
-    keys = k.view(np.uint16).reshape(-1, *heads_dim)
-    values = v.view(np.uint16).reshape(-1, *heads_dim)
-    queries = q.view(np.uint16)
-    tolerance = TOLERATED_ROUNDOFFS * UNIT_ROUNDOFF[dtype]
-    max_abs = max_rel = 0.0
+    if len(known.rows) == 0:
+        return Verdict(True, 0.0, 0.0)
+    difference = widen(xp, out_bits[known.places], dtype) - known.expected
+    error = xp.sqrt((difference**2).sum(axis=-1))
+    norm = xp.sqrt((known.expected**2).sum(axis=-1))
+    # A row that sees no key must be exactly 0: any difference there is out of all proportion.
+    relative = error / xp.maximum(norm, 1e-300)
+    worst = float(relative.max())
+    ok = worst <= TOLERATED_ROUNDOFFS * UNIT_ROUNDOFF[dtype]
     detail = ""
-    for request, (qo_len, kv_len) in enumerate(
-        zip(workload.qo_lens, workload.kv_lens, strict=True)
-    ):
-        rows = sample_rows(qo_len, workload.batch, rng)
-        if len(rows) == 0:
-            continue
-        places = xp.asarray(rows + int(table.qo_indptr[request]))
-        slots = xp.asarray(table.slots(request))
-        expected = attention_rows(
-            xp,
-            widen(xp, queries[places], dtype),
-            widen(xp, keys[slots], dtype),
-            widen(xp, values[slots], dtype),
-            xp.asarray(visible_keys(rows, qo_len, kv_len, workload.causal)),
-            1.0 / math.sqrt(workload.head_dim),
-        )
-        difference = widen(xp, out_bits[places], dtype) - expected
-        max_abs = max(max_abs, float(xp.abs(difference).max()))
-        error = xp.sqrt((difference**2).sum(axis=-1))
-        norm = xp.sqrt((expected**2).sum(axis=-1))
-        # A row that sees no key must be exactly 0: any difference there is out of all proportion.
-        relative = error / xp.maximum(norm, 1e-300)
-        worst = float(relative.max())
-        if worst > max_rel:
-            max_rel = worst
-            if worst > tolerance:
-                row, head = np.unravel_index(int(relative.argmax()), relative.shape)
-                detail = f"request {request}, row {rows[row]}, head {head}: off by {worst:.1e}"
-    return Verdict(max_rel <= tolerance, max_abs, max_rel, detail)
+    if not ok:
+        place, head = np.unravel_index(int(relative.argmax()), relative.shape)
+        request, row = known.requests[place], known.rows[place]
+        detail = f"request {request}, row {row}, head {head}: off by {worst:.1e}"
+    return Verdict(ok, float(xp.abs(difference).max()), worst, detail)

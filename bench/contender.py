@@ -1,80 +1,28 @@
-"""What is measured against what: one attention problem, and how cupaged solves it.
+"""Who solves it: cupaged, and what it has in common with its peers.
 
-The peers are in `peers.py`; they and cupaged are `Contender`s, and a contender prepared for one
-problem is a `Runner`.
+The peers are in `peers.py`, `flashinfer_peers.py` and `append_contenders.py`; they and cupaged are
+`Contender`s, and a contender prepared for one problem is a `Runner`.
 """
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from check import POISON_BITS, Verdict, verify
-from timing import Call, HostDevice, Pending
-from workloads import DTYPES, PageTable, Workload, draw_cache, make_page_table, standard_normal
+from check import POISON_BITS, Verdict
+from problem import Attention, Problem
+from timing import Call, CudaDevice, HostDevice, Pending, first_line
+from workloads import DTYPES, PageTable, Workload
+
+#: Binds a batch's arrays to a `plan()`.
+Planner = Callable[[PageTable], Call]
 
 
 class UnavailableError(Exception):
     """A contender that can't take part in this run; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One workload with its arrays on a device; every contender reads these."""
-
-    workload: Workload
-    table: PageTable
-    dtype: str
-    device: HostDevice
-    q: Any  # [nnz_qo, num_qo_heads, head_dim]
-    k: Any  # [num_pages, page_size, num_kv_heads, head_dim]
-    v: Any  # like k
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of the queries and of the output."""
-        w = self.workload
-        return sum(w.qo_lens), w.num_qo_heads, w.head_dim
-
-    def unpaged(self) -> tuple[Any, Any]:
-        """K and V gathered from their pages, `[sum(kv_lens), num_kv_heads, head_dim]` each."""
-        slots = self.device.xp.asarray(self.table.all_slots())
-        tail = (self.workload.num_kv_heads, self.workload.head_dim)
-        k, v = (
-            cache.view(np.uint16).reshape(-1, *tail)[slots].view(DTYPES[self.dtype])
-            for cache in (self.k, self.v)
-        )
-        return k, v
-
-    def verify(self, out_bits: Any, rng: np.random.Generator) -> Verdict:
-        """Compare an output, given by its bits, with the formula."""
-        return verify(
-            self.device.xp,
-            self.workload,
-            self.table,
-            self.dtype,
-            self.q,
-            self.k,
-            self.v,
-            out_bits,
-            rng,
-        )
-
-
-def make_problem(
-    workload: Workload, dtype: str, device: HostDevice, rng: np.random.Generator
-) -> Problem:
-    """Draw a workload's page order and values, and put them on the device."""
-    table = make_page_table(workload, rng)
-    k, v = draw_cache(workload, table, rng, dtype)
-    q = standard_normal(
-        rng, (sum(workload.qo_lens), workload.num_qo_heads, workload.head_dim), dtype
-    )
-    return Problem(workload, table, dtype, device, device.put(q), device.put(k), device.put(v))
 
 
 class Runner(ABC):
@@ -84,20 +32,27 @@ class Runner(ABC):
     waits = False
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
         self.device = problem.device
+        self.num_layers = len(problem.layers)
+        #: The layer that the last call worked on.
+        self.layer = 0
 
     @abstractmethod
     def call(self) -> None:
-        """Start one attention call."""
+        """Start one call."""
 
     @abstractmethod
     def poison(self) -> None:
-        """Fill the output with NaN, where the contender writes into one that is kept."""
+        """Fill what a call writes with NaN, where that is kept from call to call."""
 
     @abstractmethod
-    def out_bits(self) -> Any:
-        """The last call's output as uint16 `[nnz_qo, num_qo_heads, head_dim]`, on the device."""
+    def verdict(self, rng: np.random.Generator) -> Verdict:
+        """Whether the last call's result is right."""
+
+    def next_layer(self) -> int:
+        """Which layer this call works on."""
+        self.layer = (self.layer + 1) % self.num_layers
+        return self.layer
 
     def sample(self) -> Pending:
         """Time one call."""
@@ -108,8 +63,23 @@ class Runner(ABC):
         return self.device.capture(self.call, calls)
 
 
+class AttentionRunner(Runner):
+    """What all have in common that compute attention."""
+
+    def __init__(self, problem: Attention) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    @abstractmethod
+    def out_bits(self) -> Any:
+        """The last call's output as uint16 `[nnz_qo, num_qo_heads, head_dim]`, on the device."""
+
+    def verdict(self, rng: np.random.Generator) -> Verdict:
+        return self.problem.verify(self.out_bits(), rng, self.layer)
+
+
 class Contender(ABC):
-    """Something that computes attention.
+    """Something that solves problems.
 
     Attributes
     ----------
@@ -127,44 +97,19 @@ class Contender(ABC):
         """Why it can't do a workload, or None where it can."""
 
     @abstractmethod
-    def prepare(self, problem: Problem) -> Runner:
+    def prepare(self, problem: Any) -> Runner:
         """Get ready: allocate, convert, plan."""
 
-    def planner(self, workload: Workload, table: PageTable, dtype: str) -> Call | None:
-        """What plans a workload from host arrays, or None where there is no such step.
+    def planner(self, workload: Workload, dtype: str) -> Planner | None:
+        """What plans batches like a workload, or None where there is no such step.
 
-        It needs no arrays but the table's, and disturbs no runner's plan.
+        It needs no arrays but the batches' own, from the host, and disturbs no runner's plan.
         """
         return None
 
 
-class Cupaged(Contender):
-    """The library under test."""
-
-    name = "cupaged"
-
-    def __init__(self, device: HostDevice) -> None:
-        import cupaged
-
-        self.version = cupaged.__version__
-        self.make_wrapper: Callable[[], Any] = functools.partial(
-            cupaged.BatchPrefillWithPagedKVCacheWrapper, backend=device.backend
-        )
-
-    def unfit(self, workload: Workload) -> str | None:
-        return None
-
-    def prepare(self, problem: Problem) -> Runner:
-        wrapper = self.make_wrapper()
-        plan_call(wrapper, problem.workload, problem.table, problem.dtype)()
-        return CupagedRunner(problem, wrapper)
-
-    def planner(self, workload: Workload, table: PageTable, dtype: str) -> Call | None:
-        return plan_call(self.make_wrapper(), workload, table, dtype)
-
-
-def plan_call(wrapper: Any, workload: Workload, table: PageTable, dtype: str) -> Call:
-    """A wrapper's `plan()` with its arguments, ready to be called again and again."""
+def plan_call(wrapper: Any, workload: Workload, dtype: str, table: PageTable) -> Call:
+    """A prefill wrapper's `plan()` with its arguments, ready to be called again and again."""
     return functools.partial(
         wrapper.plan,
         table.qo_indptr,
@@ -180,17 +125,82 @@ def plan_call(wrapper: Any, workload: Workload, table: PageTable, dtype: str) ->
     )
 
 
-class CupagedRunner(Runner):
-    def __init__(self, problem: Problem, wrapper: Any) -> None:
+class Cupaged(Contender):
+    """The library under test."""
+
+    name = "cupaged"
+
+    #: The public class that it is measured by, and its `plan()` with a batch's arguments.
+    wrapper = "BatchPrefillWithPagedKVCacheWrapper"
+    plan_call = staticmethod(plan_call)
+
+    def __init__(self, device: HostDevice) -> None:
+        import cupaged
+
+        self.version = cupaged.__version__
+        self.make_wrapper: Callable[..., Any] = functools.partial(
+            getattr(cupaged, self.wrapper), backend=device.backend
+        )
+
+    def unfit(self, workload: Workload) -> str | None:
+        return None
+
+    def prepare(self, problem: Attention) -> Runner:
+        workload = problem.workload
+        wrapper = self.make_wrapper(kv_layout=workload.kv_layout)
+        self.plan_call(wrapper, workload, problem.dtype, problem.table)()
+        return CupagedRunner(problem, wrapper)
+
+    def planner(self, workload: Workload, dtype: str) -> Planner | None:
+        wrapper = self.make_wrapper(kv_layout=workload.kv_layout)
+        return functools.partial(self.plan_call, wrapper, workload, dtype)
+
+
+class CupagedRunner(AttentionRunner):
+    def __init__(self, problem: Attention, wrapper: Any) -> None:
         super().__init__(problem)
         self.wrapper = wrapper
         self.out = self.device.empty(problem.shape, DTYPES[problem.dtype])
 
     def call(self) -> None:
-        self.wrapper.run(self.problem.q, (self.problem.k, self.problem.v), out=self.out)
+        self.wrapper.run(self.problem.q, self.problem.layers[self.next_layer()], out=self.out)
 
     def poison(self) -> None:
         self.out.view(np.uint16).fill(POISON_BITS)
 
     def out_bits(self) -> Any:
         return self.out.view(np.uint16)
+
+
+#: Makes a peer for a device and a dtype.
+Factory = Callable[[CudaDevice, str], Contender]
+
+
+def gather_peers(
+    names: list[str], device: CudaDevice, dtype: str, factories: Mapping[str, Factory]
+) -> tuple[list[Contender], dict[str, str]]:
+    """The peers that are there, and of the others why they are not.
+
+    Parameters
+    ----------
+    names : list of str
+        Which to look for: keys of `factories`.
+    device : CudaDevice
+        What they will run on.
+    dtype : str
+        "float16" or "bfloat16".
+    factories : dict
+        Peer by name.
+    """
+    present: list[Contender] = []
+    missing: dict[str, str] = {}
+    for name in names:
+        try:
+            present.append(factories[name](device, dtype))
+        except UnavailableError as error:
+            missing[name] = str(error)
+        # An installation that is broken fails at import in ways of its own: OSError,
+        # RuntimeError, AttributeError. None of them may end the run of the others.
+        except Exception as error:
+            missing[name] = first_line(error)
+    return present, missing

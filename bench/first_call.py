@@ -11,7 +11,8 @@ import os
 import time
 
 import numpy as np
-from contender import Cupaged, make_problem
+from contender import Cupaged
+from problem import make_problem
 from timing import CudaDevice
 from workloads import Workload
 

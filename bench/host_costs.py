@@ -1,4 +1,4 @@
-"""What a call costs beside the kernel: planning, launching, importing, compiling, loading."""
+"""What prefill costs beside the kernel: planning, launching, importing, compiling, loading."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from contender import Contender, make_problem
-from report import Row
-from timing import HostDevice, first_line, host_us
+from contender import Contender
+from host_rows import Job, call_jobs, host_row, rows_of
+from looks import Row
+from problem import make_problem
+from report import ROOT
+from timing import HostDevice, host_us
 from workloads import PageTable, Workload, issue192, make_page_table, ragged, shrink
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 
 #: Planned for: name, requests, median query length; 0 for one query each, as in decoding.
 PLANS = (
@@ -37,33 +39,8 @@ PLAN_PAGE_SIZE = 16
 RUN, IMPORT, FIRST_CALL = "run-host", "import", "first-call"
 HOST_COSTS = (*(name for name, _, _ in PLANS), RUN, IMPORT, FIRST_CALL)
 
-#: `run()` calls in a row: many, and still fewer than the GPU queues before the host must wait.
-RUN_CALLS = 100
-
 #: What `import cupaged` must not bring along.
 FOREIGN = ("cupy", "torch", "jax")
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A measurement to be made: whose it is, and what returns its rows."""
-
-    name: str
-    contender: str
-    measure: Callable[[], Sequence[Row]]
-
-
-def host_row(name: str, contender: str, value: float | None, unit: str, note: str = "") -> Row:
-    """A row of the result about the host's side; a value of None stands for a failure."""
-    return {
-        "kind": "host",
-        "workload": name,
-        "contender": contender,
-        "value": value,
-        "unit": unit,
-        "note": note,
-        "status": "failed" if value is None else "ok",
-    }
 
 
 def host_costs(
@@ -77,17 +54,14 @@ def host_costs(
     rng = np.random.default_rng()
     jobs = list(plan_jobs(names, contenders, dtype, device, rng, quick))
     if RUN in names:
-        jobs += run_jobs(contenders, dtype, device, rng, quick)
+        workload = shrink(issue192()) if quick else issue192()
+        problem = make_problem(workload, dtype, device, rng)
+        jobs += call_jobs(RUN, problem, contenders, device, quick)
     if IMPORT in names:
         jobs.append(Job(IMPORT, "cupaged", lambda: import_rows(3 if quick else 7)))
     if FIRST_CALL in names and device.backend == "cuda":
         jobs.append(Job(FIRST_CALL, "cupaged", first_call_rows))
-    for job in jobs:
-        try:
-            yield from job.measure()
-        # Whatever it is: the other figures are still wanted.
-        except Exception as error:
-            yield host_row(job.name, job.contender, None, "", first_line(error))
+    return rows_of(jobs)
 
 
 def plan_jobs(
@@ -112,9 +86,10 @@ def plan_jobs(
         def measure(
             contender: Contender, workload: Workload = workload, table: PageTable = table
         ) -> list[Row]:
-            plan = contender.planner(workload, table, dtype)
-            if plan is None:
+            planner = contender.planner(workload, dtype)
+            if planner is None:
                 return []
+            plan = planner(table)
             plan()
             times = host_us(plan, 5 if quick else 100, device)
             note = f"{sum(workload.qo_lens)} queries, {len(table.kv_indices)} pages"
@@ -122,32 +97,6 @@ def plan_jobs(
 
         for contender in contenders:
             yield Job(name, contender.name, functools.partial(measure, contender))
-
-
-def run_jobs(
-    contenders: Sequence[Contender],
-    dtype: str,
-    device: HostDevice,
-    rng: np.random.Generator,
-    quick: bool,
-) -> Iterator[Job]:
-    """µs of host time of one call into a given output, calls following one another."""
-    workload = shrink(issue192()) if quick else issue192()
-    problem = make_problem(workload, dtype, device, rng)
-    calls = 2 if quick else RUN_CALLS
-
-    def measure(contender: Contender) -> list[Row]:
-        runner = contender.prepare(problem)
-        if runner.waits:
-            return []
-        runner.call()
-        times = host_us(runner.call, 3 if quick else 20, device, calls)
-        note = f"{calls} calls in a row, not waited for"
-        return [host_row(RUN, contender.name, statistics.median(times), "us", note)]
-
-    for contender in contenders:
-        if contender.unfit(workload) is None:
-            yield Job(RUN, contender.name, functools.partial(measure, contender))
 
 
 def run_python(arguments: Sequence[str], environment: dict[str, str]) -> str:

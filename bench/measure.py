@@ -6,11 +6,14 @@ import contextlib
 import functools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from check import Verdict
-from contender import Contender, Cupaged, Problem, Runner, make_problem
-from report import Row
+from contender import Contender, Cupaged, Runner
+from looks import Row
+from problem import Problem
 from timing import (
     Call,
     HostDevice,
@@ -21,7 +24,7 @@ from timing import (
     interleave,
     paired_ratio,
 )
-from workloads import PAGE_SWEEP, Workload
+from workloads import PAGE_SWEEP
 
 #: Workload and contender.
 Key = tuple[str, str]
@@ -33,32 +36,53 @@ PLAN_REPEAT = 20
 USUAL_PAGE_SIZE = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How a benchmark takes its times.
+
+    Attributes
+    ----------
+    time : str
+        The row's key of the time that its rates are of: "us", of single calls by events, or
+        "graph_us", of calls in a CUDA graph, where there is one.
+    sweeps_in_graphs : bool
+        The points of a sweep are recorded into CUDA graphs too. Where their calls are long, a graph
+        would say the same again.
+    plans : bool
+        `plan()` is timed too, for the same arrays again and again.
+    """
+
+    time: str
+    sweeps_in_graphs: bool
+    plans: bool
+
+
 def measure(
-    workloads: Sequence[Workload],
+    problems: Sequence[Problem],
     contenders: Sequence[Contender],
     device: HostDevice,
-    dtype: str,
     repeat: int,
     rng: np.random.Generator,
+    method: Method,
 ) -> list[Row]:
-    """Check and time every contender on some workloads that are to be compared.
+    """Check and time every contender on some problems that are to be compared.
 
-    All take turns: contenders and workloads alike. The points of a sweep are not recorded into
-    CUDA graphs: their calls are long, and a graph would say the same again.
+    All take turns: contenders and problems alike.
 
     Returns
     -------
     list of dict
-        A row for each workload and contender that can do it, workload by workload.
+        A row for each problem and contender that can do it, problem by problem.
     """
-    problems = [make_problem(workload, dtype, device, rng) for workload in workloads]
     rows: dict[Key, Row] = {}
     runners: dict[Key, Runner] = {}
+    sweeps: dict[Key, str] = {}
     for problem in problems:
         for contender in contenders:
             if contender.unfit(problem.workload) is None:
                 key = problem.workload.name, contender.name
                 row = rows[key] = new_row(problem, contender.name)
+                sweeps[key] = problem.workload.sweep
                 with recorded(row):
                     runners[key] = checked(contender.prepare(problem), row, rng)
     times = interleave({key: r.sample for key, r in runners.items()}, WARMUP, repeat, device)
@@ -66,20 +90,29 @@ def measure(
         rows[key] |= {"us": statistics.median(taken), "us_all": taken}
     compare(rows, times, "speedup")
     compare_pages(rows, times)
-    replayed = {key: r for key, r in runners.items() if not r.problem.workload.sweep}
+    replayed = {key: r for key, r in runners.items() if method.sweeps_in_graphs or not sweeps[key]}
     replays = time_graphs(replayed, rows, device, repeat, rng)
     compare(rows, replays, "graph_speedup")
-    for problem in problems:
-        for contender in contenders:
-            key = problem.workload.name, contender.name
-            if key in runners:
-                with recorded(rows[key]):
-                    plan = contender.planner(problem.workload, problem.table, dtype)
-                    if plan is not None:
-                        plan()
-                        taken = host_us(plan, PLAN_REPEAT, device)
-                        rows[key]["plan_us"] = statistics.median(taken)
+    # Where there are graphs, their times say more of the page sizes.
+    compare_pages(rows, replays)
+    if method.plans:
+        for problem in problems:
+            for contender in contenders:
+                key = problem.workload.name, contender.name
+                if key in runners:
+                    with recorded(rows[key]):
+                        rows[key]["plan_us"] = plan_us(contender, problem, device)
     return list(rows.values())
+
+
+def plan_us(contender: Contender, problem: Any, device: HostDevice) -> float | None:
+    """µs of `plan()` for the same arrays again and again; None where there is no such step."""
+    planner = contender.planner(problem.workload, problem.dtype)
+    if planner is None:
+        return None
+    plan = planner(problem.table)
+    plan()
+    return statistics.median(host_us(plan, PLAN_REPEAT, device))
 
 
 def time_graphs(
@@ -90,8 +123,15 @@ def time_graphs(
     rng: np.random.Generator,
 ) -> dict[Key, list[float]]:
     """µs of a call in a CUDA graph, for those that can be recorded; also written into the rows."""
+    # As many calls for all, so that what a graph's start costs weighs on all alike: one contender's
+    # single calls may be longer than another's only by what its host does.
+    shortest: dict[str, float] = {}
+    for (workload, _), row in rows.items():
+        if row["us"] is not None:
+            shortest[workload] = min(row["us"], shortest.get(workload, row["us"]))
     graphs: dict[Key, Call] = {}
     for key, runner in runners.items():
+        rows[key]["graph_calls"] = calls_in_graph(shortest[key[0]])
         with recorded(rows[key]):
             graphs[key] = captured(runner, rows[key], rng)
     replays = interleave(
@@ -123,7 +163,7 @@ def checked(runner: Runner, row: Row, rng: np.random.Generator) -> Runner:
     """Run a contender once, compare what it computes, and see that it can be timed."""
     runner.poison()
     runner.call()
-    judge(row, runner.problem.verify(runner.out_bits(), rng), "")
+    judge(row, runner.verdict(rng), "")
     runner.sample()
     runner.device.synchronize()
     return runner
@@ -131,33 +171,18 @@ def checked(runner: Runner, row: Row, rng: np.random.Generator) -> Runner:
 
 def captured(runner: Runner, row: Row, rng: np.random.Generator) -> Call:
     """Record a contender's calls into a CUDA graph, and compare what a replay computes."""
-    row["graph_calls"] = calls_in_graph(row["us"])
     replay = runner.capture(row["graph_calls"])
     runner.poison()
     replay()
-    judge(row, runner.problem.verify(runner.out_bits(), rng), " in a CUDA graph")
+    judge(row, runner.verdict(rng), " in a CUDA graph")
     return replay
 
 
 def new_row(problem: Problem, contender: str) -> Row:
     """A row before anything was measured."""
-    workload = problem.workload
-    l2_bytes = problem.device.describe().get("l2_bytes", 0)
     return {
-        "kind": "attention",
-        "workload": workload.name,
+        **problem.describe(),
         "contender": contender,
-        "qo_lens": list(workload.qo_lens),
-        "kv_lens": list(workload.kv_lens),
-        "num_qo_heads": workload.num_qo_heads,
-        "num_kv_heads": workload.num_kv_heads,
-        "head_dim": workload.head_dim,
-        "page_size": workload.page_size,
-        "causal": workload.causal,
-        "sweep": workload.sweep,
-        "flops": workload.flops(),
-        "bytes": workload.bytes(),
-        "fits_l2": workload.kv_bytes() < l2_bytes,
         "us": None,
         "us_all": [],
         "graph_us": None,
@@ -167,6 +192,7 @@ def new_row(problem: Problem, contender: str) -> Row:
         "gbs": None,
         "share_of_matmul": None,
         "share_of_copy": None,
+        "share_of_read": None,
         "speedup": None,
         "graph_speedup": None,
         "over_page16": None,
@@ -197,7 +223,7 @@ def compare(rows: Mapping[Key, Row], times: Mapping[Key, list[float]], field: st
 
 def compare_pages(rows: Mapping[Key, Row], times: Mapping[Key, list[float]]) -> None:
     """How fast each contender is at each page size of the sweep, with that at 16 as 1."""
-    swept = [(key, rows[key]) for key in times if rows[key]["sweep"] == PAGE_SWEEP]
+    swept = [(key, rows[key]) for key in times if rows[key].get("sweep") == PAGE_SWEEP]
     usual = {row["contender"]: key for key, row in swept if row["page_size"] == USUAL_PAGE_SIZE}
     for key, row in swept:
         if row["contender"] in usual:

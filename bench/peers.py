@@ -1,24 +1,23 @@
-"""Other attention libraries beside cupaged, in the same process and on the same numbers.
+"""Other attention libraries beside cupaged's prefill, in one process and on the same numbers.
 
 Each is imported only when asked for, and says in one line why it can't take part.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from contender import Contender, Problem, Runner, UnavailableError, plan_call
-from timing import Call, CudaDevice, NotCapturableError, Pending, first_line, torch_on
-from workloads import PageTable, Workload
-
-FLASHINFER_WORKSPACE_BYTES = 256 << 20
+from contender import AttentionRunner, Contender, Factory, Runner, UnavailableError
+from flashinfer_peers import FlashInferPrefill
+from problem import Attention
+from timing import Call, CudaDevice, NotCapturableError, Pending, torch_on
+from torch_runner import TorchRunner
+from workloads import Workload
 
 #: FlashAttention-3's calls are chained inside one XLA program that takes about so long, in µs, at
 #: the rate assumed below: the program's own start must be small beside it.
@@ -42,36 +41,6 @@ FA3_ATTRIBUTES: dict[str, Any] = dict.fromkeys(
 }
 
 
-class TorchRunner(Runner):
-    """What the contenders that work through PyTorch share."""
-
-    def __init__(self, problem: Problem, torch: Any) -> None:
-        super().__init__(problem)
-        self.torch = torch
-        self.out: Any = None
-
-    def poison(self) -> None:
-        if self.out is not None:
-            self.out.fill_(float("nan"))
-
-    def out_bits(self) -> Any:
-        bits = self.out.reshape(self.problem.shape).view(self.torch.int16)
-        return self.device.xp.from_dlpack(bits).view(np.uint16)
-
-    def capture(self, calls: int) -> Call:
-        graph = self.torch.cuda.CUDAGraph()
-        stream = self.torch.cuda.current_stream()
-        try:
-            # thread_local: XLA's threads, where FlashAttention-3 takes part, are none of this.
-            with self.torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(calls):
-                    self.call()
-        except Exception as error:
-            raise NotCapturableError(first_line(error)) from error
-        replay: Call = graph.replay
-        return replay
-
-
 class Sdpa(Contender):
     """PyTorch's scaled_dot_product_attention, on contiguous, unpaged tensors."""
 
@@ -90,7 +59,7 @@ class Sdpa(Contender):
     def unfit(self, workload: Workload) -> str | None:
         return sdpa_unfit(workload)
 
-    def prepare(self, problem: Problem) -> Runner:
+    def prepare(self, problem: Attention) -> Runner:
         return SdpaRunner(problem, self.torch, self.backend)
 
 
@@ -106,7 +75,7 @@ def sdpa_unfit(workload: Workload) -> str | None:
 
 
 class SdpaRunner(TorchRunner):
-    def __init__(self, problem: Problem, torch: Any, backend: Any) -> None:
+    def __init__(self, problem: Attention, torch: Any, backend: Any) -> None:
         super().__init__(problem, torch)
         from torch.nn.attention import sdpa_kernel
 
@@ -136,65 +105,6 @@ class SdpaRunner(TorchRunner):
         self.out = out.transpose(1, 2)
 
 
-class FlashInfer(Contender):
-    """FlashInfer's paged prefill: its prebuilt float16, head_dim 128 modules."""
-
-    def __init__(self, device: CudaDevice, dtype: str, backend: str) -> None:
-        if dtype != "float16":
-            raise UnavailableError("its prebuilt modules are float16")
-        # Compiling one module takes minutes; `shared/peers/prepare.sh` builds them ahead.
-        os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
-        self.torch = torch_on(device)
-        import flashinfer
-
-        self.version = f"flashinfer {flashinfer.__version__}"
-        self.flashinfer = flashinfer
-        self.backend = backend
-        self.name = f"flashinfer-{backend}"
-        self.workspace = self.torch.empty(
-            FLASHINFER_WORKSPACE_BYTES, dtype=self.torch.uint8, device="cuda"
-        )
-
-    def unfit(self, workload: Workload) -> str | None:
-        return None if workload.head_dim == 128 else "its prebuilt modules are head_dim 128"
-
-    def prepare(self, problem: Problem) -> Runner:
-        wrapper = self._wrapper()
-        self._plan_call(wrapper, problem.workload, problem.table)()
-        return FlashInferRunner(problem, self.torch, wrapper)
-
-    def planner(self, workload: Workload, table: PageTable, dtype: str) -> Call | None:
-        return self._plan_call(self._wrapper(), workload, table)
-
-    def _wrapper(self) -> Any:
-        return self.flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            self.workspace, "NHD", backend=self.backend
-        )
-
-    def _plan_call(self, wrapper: Any, workload: Workload, table: PageTable) -> Call:
-        # It has cupaged's plan() arguments, with tensors for arrays.
-        on_torch = dataclasses.replace(
-            table,
-            **{
-                name: self.torch.from_numpy(getattr(table, name))
-                for name in ("qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
-            },
-        )
-        return plan_call(wrapper, workload, on_torch, "float16")
-
-
-class FlashInferRunner(TorchRunner):
-    def __init__(self, problem: Problem, torch: Any, wrapper: Any) -> None:
-        super().__init__(problem, torch)
-        self.wrapper = wrapper
-        self.q = torch.from_dlpack(problem.q)
-        self.kv = torch.from_dlpack(problem.k), torch.from_dlpack(problem.v)
-        self.out = torch.empty_like(self.q)
-
-    def call(self) -> None:
-        self.wrapper.run(self.q, self.kv, out=self.out)
-
-
 class FlashAttention3(Contender):
     """FlashAttention-3 in its JAX build: ragged, unpaged, one split."""
 
@@ -221,7 +131,7 @@ class FlashAttention3(Contender):
             return "unpaged"
         return None if workload.head_dim == 128 else "this build is head_dim 128"
 
-    def prepare(self, problem: Problem) -> Runner:
+    def prepare(self, problem: Attention) -> Runner:
         return FlashAttention3Runner(problem, self.jax)
 
 
@@ -232,7 +142,7 @@ def chain_length(flops: int) -> int:
     return int(min(high, max(low, CHAIN_MICROSECONDS / max(estimate, 1e-3))))
 
 
-class FlashAttention3Runner(Runner):
+class FlashAttention3Runner(AttentionRunner):
     """Runs on XLA's own stream, where no event of ours can be recorded.
 
     So a sample is the host's time for a program of several calls less that for a program of one,
@@ -241,7 +151,7 @@ class FlashAttention3Runner(Runner):
 
     waits = True
 
-    def __init__(self, problem: Problem, jax: Any) -> None:
+    def __init__(self, problem: Attention, jax: Any) -> None:
         super().__init__(problem)
         k, v = problem.unpaged()
         self.device.synchronize()
@@ -316,42 +226,10 @@ class FlashAttention3Runner(Runner):
         raise NotCapturableError("XLA's stream; its µs are those of calls chained in one program")
 
 
-Factory = Callable[[CudaDevice, str], Contender]
-
 PEERS: dict[str, Factory] = {
     "sdpa-flash": lambda device, dtype: Sdpa(device, dtype, "flash"),
     "sdpa-cudnn": lambda device, dtype: Sdpa(device, dtype, "cudnn"),
-    "flashinfer-fa2": lambda device, dtype: FlashInfer(device, dtype, "fa2"),
-    "flashinfer-fa3": lambda device, dtype: FlashInfer(device, dtype, "fa3"),
+    "flashinfer-fa2": lambda device, dtype: FlashInferPrefill(device, dtype, "fa2"),
+    "flashinfer-fa3": lambda device, dtype: FlashInferPrefill(device, dtype, "fa3"),
     "fa3": FlashAttention3,
 }
-
-
-def gather_peers(
-    names: list[str], device: CudaDevice, dtype: str, factories: dict[str, Factory] = PEERS
-) -> tuple[list[Contender], dict[str, str]]:
-    """The peers that are there, and of the others why they are not.
-
-    Parameters
-    ----------
-    names : list of str
-        Which to look for: keys of `factories`.
-    device : CudaDevice
-        What they will run on.
-    dtype : str
-        "float16" or "bfloat16".
-    factories : dict
-        Peer by name.
-    """
-    present: list[Contender] = []
-    missing: dict[str, str] = {}
-    for name in names:
-        try:
-            present.append(factories[name](device, dtype))
-        except UnavailableError as error:
-            missing[name] = str(error)
-        # An installation that is broken fails at import in ways of its own: OSError,
-        # RuntimeError, AttributeError. None of them may end the run of the others.
-        except Exception as error:
-            missing[name] = first_line(error)
-    return present, missing

@@ -15,47 +15,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from looks import Look, Row
 from timing import HostDevice
-from workloads import LENGTH_SWEEP, PAGE_SWEEP
+from workloads import PAGE_SWEEP
 
-Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
 
 #: Folders whose content decides the figures.
 PRODUCT = ("cupaged", "kernels_cu")
 
-#: A column: its heading, its width (negative: to the left), the row's key, its format.
-COLUMNS = (
-    ("workload", -21, "workload", "s"),
-    ("contender", -14, "contender", "s"),
-    ("µs", 9, "us", ".1f"),
-    ("graph µs", 9, "graph_us", ".1f"),
-    ("TFLOP/s", 8, "tflops", ".1f"),
-    ("%mm", 5, "share_of_matmul", ".0%"),
-    ("GB/s", 7, "gbs", ".0f"),
-    ("%cp", 5, "share_of_copy", ".0%"),
-    ("speedup", 8, "speedup", ".2f"),
-    ("in graph", 8, "graph_speedup", ".2f"),
-    ("plan µs", 8, "plan_us", ".0f"),
-    ("rel.err", 8, "max_rel_err", ".1e"),
-)
-
 #: No line of the report is longer.
 MAX_WIDTH = 129
 
-LEGEND = """\
-µs: median of single calls, by events on a GPU; graph µs: of calls back to back in a CUDA graph.
-A call shorter than its launch from Python has the launch for its µs: graph µs is the kernel's.
-TFLOP/s and GB/s are of µs: 4 head_dim FLOPs a visible (query head row, key) pair; K, V, Q read
-once, the output written once. %mm, %cp: of the matrix product and the copy above.
-speedup: cupaged over this contender, median of paired rounds. rel.err: of sampled rows.
-over its page 16: a contender's speed, that at page size 16 being 1, median of paired rounds.
-*: K and V fit in the L2 cache. !: wrong output."""
-
-#: A sweep's rows make a table of their own: its heading, and the ratio that is said beneath a
-#: contender's TFLOP/s by its name and the row's key.
-SWEEPS = {
-    LENGTH_SWEEP: ("TFLOP/s by length", "  cupaged over it", "speedup"),
-    PAGE_SWEEP: ("TFLOP/s by page size", "  over its page 16", "over_page16"),
+#: What a ceiling is called, by its name in the header.
+CEILINGS = {
+    "matmul_tflops": "matrix product {:.0f} TFLOP/s",
+    "copy_gbs": "copy {:.0f} GB/s",
+    "read_gbs": "read {:.0f} GB/s",
 }
 
 
@@ -149,16 +125,32 @@ def product_hash(root: Path) -> str:
     return digest.hexdigest()
 
 
-def rates(row: Row, ceilings: Mapping[str, float | None]) -> Row:
-    """TFLOP/s, GB/s and their shares of the ceilings, for a row that has its µs."""
-    tflops = row["flops"] / row["us"] / 1e6
-    gbs = row["bytes"] / row["us"] / 1e3
-    matmul, copy = ceilings["matmul_tflops"], ceilings["copy_gbs"]
+def rates(row: Row, ceilings: Mapping[str, float | None], time: str) -> Row:
+    """TFLOP/s, GB/s and their shares of the ceilings, for a row that has its µs.
+
+    Parameters
+    ----------
+    row : dict
+        It has `bytes`, `flops` where there are any, and `us`.
+    ceilings : dict
+        Rates of the device, by name.
+    time : str
+        The row's key of the time to be taken; `us` where that is None.
+    """
+    us = row["us"] if row[time] is None else row[time]
+    tflops = row["flops"] / us / 1e6 if "flops" in row else None
+    gbs = row["bytes"] / us / 1e3
+
+    def share(rate: float | None, name: str) -> float | None:
+        ceiling = ceilings.get(name)
+        return None if rate is None or ceiling is None else rate / ceiling
+
     return {
         "tflops": tflops,
         "gbs": gbs,
-        "share_of_matmul": None if matmul is None else tflops / matmul,
-        "share_of_copy": None if copy is None else gbs / copy,
+        "share_of_matmul": share(tflops, "matmul_tflops"),
+        "share_of_copy": share(gbs, "copy_gbs"),
+        "share_of_read": share(gbs, "read_gbs"),
     }
 
 
@@ -189,9 +181,8 @@ def cell(value: Any, width: int, form: str) -> str:
     return text.ljust(-width) if width < 0 else text.rjust(width)
 
 
-def table(head: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
+def table(head: Mapping[str, Any], rows: Sequence[Row], look: Look) -> Iterator[str]:
     """Lines of the report: what was measured, the notes, the tables, the host's costs."""
-    ceilings = head["ceilings"]
     yield f"{head['gpu'] or 'host'} · {head['backend']} backend · {head['dtype']} · {head['date']}"
     yield (
         f"commit {head['git_commit'] or 'unknown'}{' + changes' if head['git_dirty'] else ''} · "
@@ -201,28 +192,29 @@ def table(head: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
         yield f"{name}: {version}"
     for name, reason in head["missing_peers"].items():
         yield f"{name}: not here: {reason}"[:MAX_WIDTH]
-    if ceilings["matmul_tflops"] is not None:
-        yield (
-            f"ceilings: matrix product {ceilings['matmul_tflops']:.0f} TFLOP/s, "
-            f"copy {ceilings['copy_gbs']:.0f} GB/s"
-        )
-    attention = [row for row in rows if row["kind"] == "attention"]
-    yield from (line[:MAX_WIDTH] for line in notes(attention))
-    if attention:
-        yield from LEGEND.splitlines()
-    fixed = [row for row in attention if not row["sweep"]]
+    measured = {name: rate for name, rate in head["ceilings"].items() if rate is not None}
+    if measured:
+        said = (CEILINGS[name].format(rate) for name, rate in measured.items())
+        yield f"ceilings: {', '.join(said)}"
+    timed = [row for row in rows if row["kind"] != "host"]
+    yield from (line[:MAX_WIDTH] for line in notes(timed))
+    if timed:
+        yield from look.legend.splitlines()
+    fixed = [row for row in timed if not row["sweep"]]
     if fixed:
-        yield " ".join(cell(title, width, "s") for title, width, _, _ in COLUMNS)
+        yield " ".join(cell(title, width, "s") for title, width, _, _ in look.columns)
     last = None
     for row in fixed:
         name = row["workload"] + ("*" if row["fits_l2"] else "")
         # A name that stands in the line above is not said again.
         shown = {**row, "workload": "" if name == last else name}
         shown["contender"] += "!" if row["status"] == "wrong" else ""
-        yield " ".join(cell(shown[key], width, form) for _, width, key, form in COLUMNS).rstrip()
+        yield " ".join(
+            cell(shown[key], width, form) for _, width, key, form in look.columns
+        ).rstrip()
         last = name
-    for sweep in SWEEPS:
-        yield from sweep_table(sweep, [row for row in attention if row["sweep"] == sweep])
+    for sweep in look.sweeps:
+        yield from sweep_table(sweep, [row for row in timed if row["sweep"] == sweep], look)
     for row in rows:
         if row["kind"] == "host":
             value = cell(row["value"], 9, ".4g")
@@ -237,9 +229,9 @@ def along(row: Row, sweep: str) -> int:
     return int(row["page_size"] if sweep == PAGE_SWEEP else row["kv_lens"][0])
 
 
-def sweep_table(sweep: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Lines of one sweep: TFLOP/s of each contender, and beneath them the ratios."""
-    heading, ratio, key = SWEEPS[sweep]
+def sweep_table(sweep: str, rows: Sequence[Row], look: Look) -> Iterator[str]:
+    """Lines of one sweep: the rates of each contender, and beneath them the ratios."""
+    heading, ratio, key = look.sweeps[sweep]
     points = sorted({along(row, sweep) for row in rows})
 
     def line(name: str, cells: Iterable[str]) -> str:
@@ -250,22 +242,22 @@ def sweep_table(sweep: str, rows: Sequence[Row]) -> Iterator[str]:
     for contender in dict.fromkeys(row["contender"] for row in rows):
         mine = {along(row, sweep): row for row in rows if row["contender"] == contender}
         present = [mine.get(point, {}) for point in points]
-        yield line(contender, (rate_cell(row) for row in present))
+        yield line(contender, (rate_cell(row, look.rate) for row in present))
         ratios = [row.get(key) for row in present]
         if any(value is not None for value in ratios):
             yield line(ratio, (cell(value, 8, ".3f") for value in ratios))
 
 
-def rate_cell(row: Row) -> str:
-    """TFLOP/s of a row of a sweep, marked where the output is wrong; an empty row has none."""
+def rate_cell(row: Row, rate: str) -> str:
+    """The rate of a row of a sweep, marked where the output is wrong; an empty row has none."""
     mark = "!" if row.get("status") == "wrong" else ""
-    return (cell(row.get("tflops"), 1, ".1f") + mark).rjust(8)
+    return (cell(row.get(rate), 1, ".1f") + mark).rjust(8)
 
 
-def notes(attention: Sequence[Row]) -> Iterator[str]:
+def notes(timed: Sequence[Row]) -> Iterator[str]:
     """What there is to say of the rows: the same of several workloads only once."""
     said: dict[tuple[str, str], list[str]] = {}
-    for row in attention:
+    for row in timed:
         for note in row["notes"]:
             said.setdefault((row["contender"], note), []).append(row["workload"])
     for (contender, note), workloads in said.items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from device_kernels import VECTOR_BYTES, launch
 from workloads import DTYPES, standard_normal
 
 Call = Callable[[], object]
@@ -22,9 +24,6 @@ Pending = Callable[[], float]
 #: start one is a few µs.
 GRAPH_MICROSECONDS = 1000.0
 MAX_GRAPH_CALLS = 50
-
-MATRIX_SIZE = 8192
-COPY_BYTES = 2 << 30
 
 
 class NoDeviceError(Exception):
@@ -40,6 +39,7 @@ class HostDevice:
 
     backend = "reference"
     xp: Any = np
+    l2_bytes = 0  # that are known of
 
     def put(self, array: np.ndarray) -> Any:
         """The array, where this device reads it."""
@@ -48,6 +48,18 @@ class HostDevice:
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """An array of any content."""
         return np.empty(shape, dtype)
+
+    def normal(self, rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Any:
+        """Normal random numbers, an even count of them."""
+        return standard_normal(rng, shape, dtype)
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy an array's bytes as the platform does it best."""
+        np.copyto(target, source)
+
+    def copy_by_kernel(self, target: Any, source: Any) -> None:
+        """Copy an array's bytes, a multiple of 16, by a kernel of the benchmark's own."""
+        np.copyto(target, source)
 
     def synchronize(self) -> None:
         """Wait for all that was started."""
@@ -65,10 +77,6 @@ class HostDevice:
     def capture(self, call: Call, calls: int) -> Call:
         """Record so many calls into a graph; returns what replays it."""
         raise NotCapturableError("the reference backend has no stream")
-
-    def ceilings(self, dtype: str) -> dict[str, float | None]:
-        """Highest rates seen on this device; None where not measured."""
-        return {"matmul_tflops": None, "copy_gbs": None}
 
     def describe(self) -> dict[str, Any]:
         """What the header says of the device."""
@@ -93,12 +101,43 @@ class CudaDevice(HostDevice):
             raise NoDeviceError(f"no CUDA device: {error}") from error
         self.stream.use()
         self.xp = cupy
+        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+        self.gpu = properties["name"].decode()
+        self.num_sms = properties["multiProcessorCount"]
+        self.l2_bytes = properties["l2CacheSize"]
 
     def put(self, array: np.ndarray) -> Any:
         return self.xp.asarray(array.view(np.uint16)).view(array.dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        return self.xp.empty(shape, np.uint16).view(dtype)
+        return self.xp.empty(shape, np.dtype(f"u{dtype.itemsize}")).view(dtype)
+
+    def normal(self, rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Any:
+        out = self.empty(shape, DTYPES[dtype])
+        pairs = math.prod(shape) // 2
+        seed = np.uint64(rng.integers(0, 1 << 63))
+        arguments = out.view(np.uint16), np.int64(pairs), seed, np.int32(dtype == "bfloat16")
+        launch("fill_normal", self.num_sms, pairs, arguments)
+        return out
+
+    def copy(self, target: Any, source: Any) -> None:
+        runtime = self.xp.cuda.runtime
+        runtime.memcpyAsync(
+            target.data.ptr,
+            source.data.ptr,
+            source.nbytes,
+            runtime.memcpyDeviceToDevice,
+            self.stream.ptr,
+        )
+
+    def copy_by_kernel(self, target: Any, source: Any) -> None:
+        count = source.nbytes // VECTOR_BYTES
+        launch("copy_all", self.num_sms, count, (target, source, np.int64(count)))
+
+    def read(self, source: Any, out: Any) -> None:
+        """Read an array's bytes, a multiple of 16; nothing but a hash goes to the uint32 `out`."""
+        count = source.nbytes // VECTOR_BYTES
+        launch("read_all", self.num_sms, count, (source, np.int64(count), out))
 
     def synchronize(self) -> None:
         self.stream.synchronize()
@@ -139,52 +178,12 @@ class CudaDevice(HostDevice):
             raise NotCapturableError(first_line(error)) from error
         return lambda: graph.launch(self.stream)
 
-    def ceilings(self, dtype: str) -> dict[str, float | None]:
-        """Rates of an 8192³ matrix product in `dtype` and of a large copy, bytes read and written.
-
-        The product is PyTorch's where it is installed, CuPy's otherwise.
-        """
-        product = self._median_us(self._matrix_product(dtype))
-        self.free()
-        source = self.xp.empty(COPY_BYTES, np.uint8)
-        source.fill(1)
-        target = self.xp.empty_like(source)
-        runtime = self.xp.cuda.runtime
-        kind = runtime.memcpyDeviceToDevice
-        copied = self._median_us(
-            lambda: runtime.memcpyAsync(
-                target.data.ptr, source.data.ptr, COPY_BYTES, kind, self.stream.ptr
-            )
-        )
-        return {
-            "matmul_tflops": 2 * MATRIX_SIZE**3 / product / 1e6,
-            "copy_gbs": 2 * COPY_BYTES / copied / 1e3,
-        }
-
-    def _matrix_product(self, dtype: str) -> Call:
-        shape = (MATRIX_SIZE, MATRIX_SIZE)
-        try:
-            torch = torch_on(self)
-        except ImportError:
-            rng = np.random.default_rng()
-            a, b = (self.put(standard_normal(rng, shape, dtype)) for _ in range(2))
-            out = self.empty(shape, DTYPES[dtype])
-            return lambda: self.xp.matmul(a, b, out=out)
-        kind = getattr(torch, dtype)
-        a, b = (torch.randn(shape, device="cuda", dtype=kind) for _ in range(2))
-        out = torch.empty_like(a)
-        return lambda: torch.mm(a, b, out=out)
-
-    def _median_us(self, call: Call) -> float:
-        return statistics.median(interleave({"": lambda: self.sample(call)}, 3, 10, self)[""])
-
     def describe(self) -> dict[str, Any]:
         runtime = self.xp.cuda.runtime
-        properties = runtime.getDeviceProperties(self.xp.cuda.runtime.getDevice())
         return {
-            "gpu": properties["name"].decode(),
-            "num_sms": properties["multiProcessorCount"],
-            "l2_bytes": properties["l2CacheSize"],
+            "gpu": self.gpu,
+            "num_sms": self.num_sms,
+            "l2_bytes": self.l2_bytes,
             "cuda_driver": runtime.driverGetVersion(),
             "cuda_runtime": runtime.runtimeGetVersion(),
         }

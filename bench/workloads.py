@@ -60,6 +60,10 @@ class Workload:
         The pool holds at least so many pages.
     sweep : str
         The sweep it is a point of, `PAGE_SWEEP` or `LENGTH_SWEEP`; empty for none.
+    dtype : str
+        "float16" or "bfloat16", whatever the run's is; empty for the run's.
+    kv_layout : str
+        "NHD" or "HND".
     """
 
     name: str
@@ -72,6 +76,8 @@ class Workload:
     head_dim: int = 128
     min_pages: int = 0
     sweep: str = ""
+    dtype: str = ""
+    kv_layout: str = "NHD"
 
     @property
     def batch(self) -> int:
@@ -118,6 +124,12 @@ def log_normal_lengths(
     """`count` whole lengths, log-normal with sigma 1 around `median`, clipped to [low, high]."""
     drawn = rng.lognormal(math.log(median), 1.0, count)
     return tuple(int(n) for n in np.clip(np.rint(drawn), low, high))
+
+
+def log_normal_of_mean(rng: np.random.Generator, count: int, mean: int) -> tuple[int, ...]:
+    """`count` whole lengths, log-normal with sigma 1, scaled to that mean; none is 0."""
+    drawn = rng.lognormal(0.0, 1.0, count)
+    return tuple(int(n) for n in np.maximum(1, np.rint(drawn * (mean / drawn.mean()))))
 
 
 def ragged(name: str, batch: int, query_median: float, page_size: int) -> Workload:
@@ -226,6 +238,12 @@ class PageTable:
         """The slots of all requests' keys, request after request."""
         return np.concatenate([self.slots(r) for r in range(len(self.last_page_len))])
 
+    def unused_slots(self) -> np.ndarray:
+        """The slots of the pool that hold no key of the batch."""
+        unused = np.ones(self.num_pages * self.page_size, bool)
+        unused[self.all_slots()] = False
+        return np.flatnonzero(unused)
+
 
 def make_page_table(workload: Workload, rng: np.random.Generator) -> PageTable:
     """Pages in random order from a pool that holds some more than the batch needs."""
@@ -265,19 +283,24 @@ def standard_normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str
     return flat.reshape(shape)
 
 
-def draw_cache(
-    workload: Workload, table: PageTable, rng: np.random.Generator, dtype: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """K and V in pages, `[num_pages, page_size, num_kv_heads, head_dim]` each.
+def cache_shape(workload: Workload, table: PageTable) -> tuple[int, int, int, int]:
+    """Shape of K, and of V, in pages, as the workload's layout has it."""
+    heads, tokens = workload.num_kv_heads, table.page_size
+    if workload.kv_layout == "HND":
+        return table.num_pages, heads, tokens, workload.head_dim
+    return table.num_pages, tokens, heads, workload.head_dim
 
-    Slots that hold no key of the batch hold NaN: whoever reads one shows it.
+
+def head_rows(workload: Workload, table: PageTable, slots: np.ndarray) -> np.ndarray:
+    """Where each head of some slots lies in a cache that is seen as `[-1, head_dim]`.
+
+    Returns
+    -------
+    int64 array [len(slots), num_kv_heads]
     """
-    shape = (table.num_pages, table.page_size, workload.num_kv_heads, workload.head_dim)
-    unused = np.ones(table.num_pages * table.page_size, bool)
-    unused[table.all_slots()] = False
-    caches = []
-    for _ in range(2):
-        cache = standard_normal(rng, shape, dtype)
-        cache.reshape(-1, *shape[2:])[unused] = np.nan
-        caches.append(cache)
-    return caches[0], caches[1]
+    count = workload.num_kv_heads
+    heads = np.arange(count)
+    if workload.kv_layout == "HND":
+        page, token = np.divmod(slots[:, None], table.page_size)
+        return (page * count + heads) * table.page_size + token
+    return slots[:, None] * count + heads

@@ -49,6 +49,20 @@ def device_model(device: int | None) -> DeviceModel:
     return HOST_MODEL if device is None else devices.device_model(device)
 
 
+def refuse_recording(stream: int) -> None:
+    """Refuse a plan on a stream that is being recorded: its copies would become part of the graph.
+
+    Raises
+    ------
+    RuntimeError
+    """
+    if stream and devices.cupy().cuda.runtime.streamIsCapturing(stream):
+        raise RuntimeError(
+            "plan() while a CUDA graph is being recorded: plan before, and for other lengths again "
+            "before a replay"
+        )
+
+
 class Plan:
     """A schedule and its page table, on the host and on every device that has run it.
 

@@ -55,7 +55,8 @@ def run(
     Raises
     ------
     ValueError
-        K's or V's rows don't begin at multiples of 16 bytes.
+        K's or V's rows don't begin at multiples of 16 bytes; in the recording of a CUDA graph, q's
+        or out's.
     """
     # Each of an array's properties takes CuPy a while: none is asked for twice.
     q_pointer, k_pointer, v_pointer, out_pointer = q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr
@@ -79,7 +80,7 @@ def run(
     magnitude = max(abs(logit_scale), _SMALLEST_SCALE)
     cuda = cupy().cuda
     waits = stream != plan.stream.ptr
-    if waits and cuda.runtime.streamIsCapturing(stream):
+    if waits and stream and cuda.runtime.streamIsCapturing(stream):
         if not isinstance(plan, GraphPlan):
             raise RuntimeError(
                 "run() is being recorded in a CUDA graph on another stream than plan()'s: "
@@ -139,6 +140,14 @@ def _run_unaligned(
                 f"{name} begins at address {pages.data.ptr:#x} with strides {pages.strides} in "
                 f"bytes, expected multiples of {_ROW_ALIGNMENT}"
             )
+    if stream and cupy().cuda.runtime.streamIsCapturing(stream):
+        for name, rows in (("q", q), ("out", target)):
+            if not _aligned(rows):
+                raise ValueError(
+                    f"{name} begins at address {rows.data.ptr:#x} with strides {rows.strides} in "
+                    f"bytes, expected multiples of {_ROW_ALIGNMENT}: a CUDA graph can't hold the "
+                    "copy that it would go by way of"
+                )
     if not _aligned(q):
         q = q.view(np.uint16).copy(order="C").view(q.dtype)
     if _aligned(target):

@@ -54,6 +54,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
 
     _names = validate_lengths.DECODE_NAMES
     _rows_are = "requests * q_len_per_req"
+    _head_dim_name = "head_dim"
 
     def __init__(
         self,
@@ -172,10 +173,15 @@ seq_lens
         )
         validate.pos_encoding_mode(pos_encoding_mode)
         if data_type is not None:
-            for name, value in (("q_data_type", q_data_type), ("kv_data_type", kv_data_type)):
-                if value not in (None, "float16", data_type):
-                    raise ValueError(f"data_type and {name} exclude each other")
-            q_data_type = data_type
+            dtype = arrays.dtype_name(data_type, "data_type")
+            # q_data_type's default may be what was given.
+            if arrays.dtype_name(q_data_type, "q_data_type") not in ("float16", dtype):
+                raise ValueError("data_type and q_data_type exclude each other")
+            if kv_data_type is None:
+                kv_data_type = dtype
+            if arrays.dtype_name(kv_data_type, "kv_data_type") != dtype:
+                raise ValueError("data_type and kv_data_type exclude each other")
+            q_data_type = dtype
         q_len_per_req = validate.positive_int(q_len_per_req, "q_len_per_req")
         spec = validate.attention_spec(
             num_qo_heads,
@@ -187,6 +193,7 @@ seq_lens
             sm_scale,
             dtype_names(q_data_type, kv_data_type, o_data_type),
             self._kv_layout,
+            self._head_dim_name,
         )
         lengths = validate_lengths.decode_lengths(
             arrays.import_index(indptr, "indptr"),
@@ -275,10 +282,12 @@ seq_lens
             unserved.DECODE_RUN,
             (enable_pdl, window_left, sinks, kv_cache_sf, skip_softmax_threshold_scale_factor),
         )
-        if q_len_per_req is not None and q_len_per_req != self._q_len_per_req:
-            raise ValueError(
-                f"q_len_per_req = {q_len_per_req}, expected {self._q_len_per_req} as planned"
-            )
+        if q_len_per_req is not None and self._plan is not None:
+            given = validate.positive_int(q_len_per_req, "q_len_per_req")
+            if given != self._q_len_per_req:
+                raise ValueError(
+                    f"q_len_per_req = {given}, expected {self._q_len_per_req} as planned"
+                )
         return self._attend(
             q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, lse_base
         )

@@ -14,6 +14,9 @@ from cupaged.schedule import IntArray, Lengths, Schedule
 from cupaged.spec import AttentionSpec
 from cupaged.validate_lengths import Names
 
+#: Fields of a spec that `plan()` calls otherwise.
+_ARGUMENTS = {"dtype": "q_data_type"}
+
 
 class Graph:
     """The arrays of one plan after another at the same addresses.
@@ -51,7 +54,7 @@ class Graph:
         self._placed = None
 
     def note_run(self, stream: int, num_rows: int, num_pages: int) -> None:
-        """Remember a run that is being recorded.
+        """Remember a run if it is being recorded.
 
         Parameters
         ----------
@@ -59,8 +62,19 @@ class Graph:
             Of the run.
         num_rows, num_pages : int
             Rows of its q, and pages of its cache.
+
+        Raises
+        ------
+        RuntimeError
+            The plan that would be recorded is not the one that the next plan takes the place of.
         """
-        if cupy().cuda.runtime.streamIsCapturing(stream):
+        # The legacy default stream can't be recorded, and must not be asked while another one is.
+        if stream and cupy().cuda.runtime.streamIsCapturing(stream):
+            if self._placed is None:
+                raise RuntimeError(
+                    "run() is being recorded in a CUDA graph after reset_workspace_buffer(): "
+                    "plan() before"
+                )
             rows, pages = self._recorded or (num_rows, num_pages)
             self._recorded = min(rows, num_rows), min(pages, num_pages)
 
@@ -150,14 +164,14 @@ class Graph:
         """Refuse what a recorded run can't follow."""
         assert self._recorded is not None
         before, splits_before, rows_before, device_before, _ = self._made_for
-        changes = [
-            (field.name, getattr(before, field.name), getattr(spec, field.name))
-            for field in fields(AttentionSpec)
+        changes = [("q_len_per_req", rows_before, equal_rows)]  # on which `causal` depends
+        changes += [
+            (_ARGUMENTS.get(name, name), getattr(before, name), getattr(spec, name))
+            for name in (field.name for field in fields(AttentionSpec))
         ]
         changes += [
             ("fixed_split_size", splits_before[0], splits[0]),
             ("disable_split_kv", splits_before[1], splits[1]),
-            ("q_len_per_req", rows_before, equal_rows),
             ("the device", device_before, device),
         ]
         for name, was, given in changes:
@@ -169,6 +183,11 @@ class Graph:
             raise ValueError(
                 f"the batch has {lengths.nnz_qo} rows of q, expected at most {self._recorded[0]}: "
                 "run() was recorded in a CUDA graph with so many"
+            )
+        if equal_rows is None and lengths.nnz_qo > self._max_rows:
+            raise ValueError(
+                f"the batch has {lengths.nnz_qo} rows of q, expected at most {self._max_rows}, the "
+                "most that were planned for before run() was recorded in a CUDA graph"
             )
 
 

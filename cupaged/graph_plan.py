@@ -113,7 +113,11 @@ class GraphPlan(PlacedPlan):
             uploads.append(_whole(buffers.last_page_len.data, _last_page_len(schedule)))
         if buffers.qo_indptr is not None:
             uploads.append(_whole(buffers.qo_indptr.data, lengths.qo_indptr))
-        self.stream = cupy().cuda.get_current_stream()
+        stream = cupy().cuda.get_current_stream()
+        if stream.ptr != self.stream.ptr:
+            # Runs on other streams hold that of their plan back: behind it, nobody reads any more.
+            stream.wait_event(self.stream.record())
+        self.stream = stream
         self.uploaded = upload([each for each in uploads if each.size], self.device, self.stream)
 
 

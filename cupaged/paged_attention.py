@@ -34,9 +34,11 @@ class PagedAttention:
         What a plan may hold at most whose run is recorded in a CUDA graph; None where none is.
     """
 
-    #: What `plan()` calls its arrays, and where the number of q's rows comes from.
+    #: What `plan()` calls its arrays, where the number of q's rows comes from, and what `plan()`
+    #: calls head_dim.
     _names: ClassVar[Names]
     _rows_are: ClassVar[str]
+    _head_dim_name: ClassVar[str]
 
     def __init__(
         self,
@@ -121,6 +123,8 @@ class PagedAttention:
         validate_lengths.warn_of_mistakes(spec, lengths, pages, highest, names)
         device, stream = self._planning_place(index_arrays)
         splits = (fixed_split_size, disable_split_kv)
+        if device is not None:
+            backend_room.refuse_recording(stream)
         if self._graph is None:
             built = schedule.build(spec, lengths, backend_room.device_model(device), *splits)
             if self._workspace is not None:
@@ -187,7 +191,8 @@ class PagedAttention:
         queries = arrays.import_tensor(q, "q")
         keys, values, num_pages = validate_run.cache(_import_cache(paged_kv_cache, q), spec)
         num_rows = validate_run.query(
-            queries, spec, plan.nnz_qo, self._rows_are, more=self._graph is not None
+            *(queries, spec, plan.nnz_qo, self._rows_are, self._head_dim_name),
+            more=self._graph is not None,
         )
         device = validate_run.one_device(queries, keys, values)
         validate_run.backend_serves(self._backend, device)

@@ -44,13 +44,14 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedAttention):
     Names and argument orders follow FlashInfer's class of this name; the last two arguments are
     this library's.
 
-    Once a run is recorded in a CUDA graph, a plan may have fewer rows of q than it, but no more,
-    and may change neither heads, dtypes, page size, `causal` nor `sm_scale`. Replay the graph on
-    the stream of `plan()`, or behind it.
+    Once a run is recorded in a CUDA graph, a plan may have no more rows of q than it, nor than the
+    largest plan before it: plan for the most rows first. It may change neither heads, dtypes, page
+    size, `causal` nor `sm_scale`. Replay the graph on the stream of `plan()`, or behind it.
     """
 
     _names = validate_lengths.PREFILL_NAMES
     _rows_are = "qo_indptr[-1]"
+    _head_dim_name = "head_dim_qk"
 
     def __init__(
         self,
@@ -207,6 +208,7 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
             sm_scale,
             dtype_names(q_data_type, kv_data_type, o_data_type),
             self._kv_layout,
+            self._head_dim_name,
         )
         lengths = validate_lengths.lengths(
             arrays.import_index(qo_indptr, "qo_indptr"),

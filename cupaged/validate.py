@@ -91,16 +91,18 @@ def attention_spec(
     sm_scale: object,
     dtypes: tuple[str, str, str],
     kv_layout: KVLayout,
+    head_dim_name: str,
 ) -> AttentionSpec:
     """Check what an attention call is, apart from its lengths.
 
-    `dtypes` names those of q, of K and V, and of the output.
+    `dtypes` names those of q, of K and V, and of the output; `head_dim_name` is what the call calls
+    `head_dim_qk`.
     """
     if sm_scale is not None:
         sm_scale = scale(sm_scale, "sm_scale")
     arguments = (
         *(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, causal),
-        *(sm_scale, dtypes, kv_layout),
+        *(sm_scale, dtypes, kv_layout, head_dim_name),
     )
     try:
         return _known_spec(*arguments)
@@ -119,10 +121,11 @@ def _attention_spec(
     sm_scale: float | None,
     dtypes: tuple[str, str, str],
     kv_layout: KVLayout,
+    head_dim_name: str,
 ) -> AttentionSpec:
     qo_heads = positive_int(num_qo_heads, "num_qo_heads")
     kv_heads = positive_int(num_kv_heads, "num_kv_heads")
-    head_dim = positive_int(head_dim_qk, "head_dim_qk")
+    head_dim = positive_int(head_dim_qk, head_dim_name)
     head_dim_out = head_dim if head_dim_vo is None else positive_int(head_dim_vo, "head_dim_vo")
     if qo_heads % kv_heads:
         raise ValueError(
@@ -130,7 +133,7 @@ def _attention_spec(
         )
     if head_dim not in SERVED_HEAD_DIMS:
         raise NotImplementedError(
-            f"head_dim_qk = {head_dim}, served are {_listed(SERVED_HEAD_DIMS)}"
+            f"{head_dim_name} = {head_dim}, served are {_listed(SERVED_HEAD_DIMS)}"
         )
     if head_dim_out != head_dim:
         raise NotImplementedError(

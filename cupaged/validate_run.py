@@ -92,16 +92,19 @@ def _check_last_axis(array: Any, name: str) -> None:
         )
 
 
-def query(q: Any, spec: AttentionSpec, nnz_qo: int, rows_are: str, more: bool) -> int:
+def query(
+    q: Any, spec: AttentionSpec, nnz_qo: int, rows_are: str, head_dim_name: str, more: bool
+) -> int:
     """Check q against the plan; returns its rows.
 
-    `rows_are` says what the plan's number of rows is; `more` that q may have more.
+    `rows_are` says what the plan's number of rows is, `head_dim_name` what the plan calls head_dim,
+    and `more` that q may have more rows.
     """
     shape = q.shape
     if len(shape) != 3 or shape[1:] != (spec.num_qo_heads, spec.head_dim):
         raise ValueError(
             f"q has shape {shape}, expected (nnz_qo, num_qo_heads={spec.num_qo_heads}, "
-            f"head_dim_qk={spec.head_dim})"
+            f"{head_dim_name}={spec.head_dim})"
         )
     num_rows: int = shape[0]
     if num_rows != nnz_qo and not (more and num_rows > nnz_qo):

@@ -21,7 +21,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # Their assertions shall say what was compared, as those of the tests do.
-pytest.register_assert_rewrite("gpu_calls", "processes", "small_call", "stand_ins", "strategies")
+pytest.register_assert_rewrite(
+    *("gpu_calls", "processes", "small_call", "stand_ins", "strategies"),
+    *("cascades", "life", "states"),
+)
 
 # The benchmark is a folder of scripts, no package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))

@@ -8,12 +8,15 @@ import contender
 import measure
 import numpy as np
 import peers
+import problem as problems
 import pytest
 import timing
 import workloads
-from bench_problems import ALL, DTYPES, TABLE, count_pairs
+from bench_problems import ALL, TABLE, count_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+METHOD = measure.Method(time="us", sweeps_in_graphs=False, plans=True)
 
 # What is counted
 
@@ -77,65 +80,6 @@ def test_shrunk_workloads_keep_their_shape(workload: workloads.Workload) -> None
     assert small.num_qo_heads * workload.num_kv_heads == workload.num_qo_heads * small.num_kv_heads
     assert small.flops() < 2e9
     assert all(kv >= qo > 0 for qo, kv in zip(small.qo_lens, small.kv_lens, strict=True))
-
-
-# The arrays
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=6),
-    st.integers(1, 9),
-    st.integers(0, 2**32),
-)
-def test_a_page_table_gives_every_key_a_slot_of_its_own(
-    lens: list[tuple[int, int]], page_size: int, seed: int
-) -> None:
-    queries, keys = zip(*lens, strict=True)
-    w = workloads.Workload("w", queries, keys, 2, 1, False, page_size)
-    table = workloads.make_page_table(w, np.random.default_rng(seed))
-    assert [table.kv_len(r) for r in range(w.batch)] == list(keys)
-    assert [len(table.slots(r)) for r in range(w.batch)] == list(keys)
-    slots = table.all_slots()
-    assert len(set(slots.tolist())) == sum(keys)
-    assert np.all((slots >= 0) & (slots < table.num_pages * page_size))
-    assert table.qo_indptr.tolist() == [sum(queries[:r]) for r in range(w.batch + 1)]
-    pages = np.diff(table.kv_indptr)
-    used = pages > 0
-    assert np.all((table.last_page_len[used] >= 1) & (table.last_page_len[used] <= page_size))
-    assert not table.last_page_len[~used].any()
-
-
-def test_pages_are_in_random_order(rng: np.random.Generator) -> None:
-    indices = workloads.make_page_table(TABLE[0], rng).kv_indices
-    assert not np.array_equal(indices, np.sort(indices))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_only_the_slots_of_keys_hold_numbers(rng: np.random.Generator, dtype: str) -> None:
-    w = workloads.Workload("w", (1, 1), (5, 9), 2, 1, False, 4, head_dim=8)
-    table = workloads.make_page_table(w, rng)
-    used = np.zeros(table.num_pages * 4, bool)
-    used[table.all_slots()] = True
-    for cache in workloads.draw_cache(w, table, rng, dtype):
-        assert cache.dtype == DTYPES[dtype]
-        rows = cache.reshape(-1, 8).astype(np.float32)
-        assert np.isfinite(rows[used]).all()
-        assert np.isnan(rows[~used]).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_numbers_drawn_in_pieces_are_normal(
-    rng: np.random.Generator, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workloads, "DRAW_CHUNK", 1 << 12)
-    drawn = workloads.standard_normal(rng, (5, 9001), dtype).astype(np.float64)
-    assert drawn.shape == (5, 9001)
-    assert abs(drawn.mean()) < 0.04
-    assert abs(drawn.std() - 1) < 0.04
-    # No two pieces come from the same seed.
-    pieces = drawn.reshape(-1)[: 10 << 12].reshape(10, -1)
-    assert len({piece[:8].tobytes() for piece in pieces}) == 10
 
 
 # Times
@@ -243,7 +187,8 @@ def test_workloads_that_are_compared_take_turns(
     monkeypatch.setattr(contender.CupagedRunner, "sample", sample)
     device = timing.HostDevice()
     pages = [workloads.shrink(w) for w in workloads.page_sweep() if w.page_size in (1, 16, 64)]
-    rows = measure.measure(pages, [contender.Cupaged(device)], device, "float16", 4, rng)
+    swept = [problems.make_problem(page, "float16", device, rng) for page in pages]
+    rows = measure.measure(swept, [contender.Cupaged(device)], device, 4, rng, METHOD)
     assert order[-12:] == [1, 16, 64] * 4
     assert [row["page_size"] for row in rows] == [1, 16, 64]
     # None of them is tried in a graph, which the reference backend would have a note on.
@@ -271,13 +216,23 @@ def test_a_graph_s_time_is_that_of_one_of_its_calls(rng: np.random.Generator) ->
     class Peer(contender.Cupaged):
         name = "peer"
 
+        def prepare(self, problem: problems.Attention) -> contender.Runner:
+            runner = super().prepare(problem)
+            # Twice the time of a single call, though in a graph the same.
+            runner.sample = lambda: lambda: 200.0
+            return runner
+
     device = Recording()
     w = workloads.Workload("w", (3, 1), (9, 5), 2, 1, True, 4, head_dim=64)
     contenders = [contender.Cupaged(device), Peer(device)]
-    rows = measure.measure([w], contenders, device, "float16", 3, rng)
+    problem = problems.make_problem(w, "float16", device, rng)
+    rows = measure.measure([problem], contenders, device, 3, rng, METHOD)
+    assert [row["us"] for row in rows] == [100.0, 200.0]
+    assert [row["speedup"] for row in rows] == [None, 2.0]
     for row in rows:
+        assert row["plan_us"] > 0
         assert row["status"] == "ok", row["notes"]
-        assert row["us"] == 100.0
+        # Of the faster single calls there are so many in a graph; of all, in any case.
         assert row["graph_calls"] == 10
         assert row["graph_us_all"] == [80.0] * 3
         assert row["graph_us"] == 80.0
@@ -316,7 +271,7 @@ def test_missing_peers_say_why_in_one_line() -> None:
     def unfit(device: Any, dtype: str) -> Any:
         raise contender.UnavailableError("its prebuilt modules are float16")
 
-    present, missing = peers.gather_peers(
+    present, missing = contender.gather_peers(
         ["a", "b", "c", "d"],
         timing.HostDevice(),
         "bfloat16",

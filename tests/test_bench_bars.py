@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import bars
+import bench_append
+import bench_decode
 import bench_prefill
+import prefill_bars
 import pytest
+import script
+from prefill_bars import SUITE
 
 
 def ours(name: str, **fields: Any) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def spread(low: float) -> list[dict[str, Any]]:
         (
             [
                 ours(name, plan_us=90.0 + 20.0 * (name == "ragged-64"), tflops=1.0, graph_us=1.0)
-                for name in bars.PLANNED
+                for name in prefill_bars.PLANNED
             ],
             "plan() of the batches",
             110.0,
@@ -83,12 +87,12 @@ def spread(low: float) -> list[dict[str, Any]]:
 def test_a_bar_says_whether_it_was_reached(
     rows: list[dict[str, Any]], work: str, measured: float | None, verdict: str
 ) -> None:
-    found = bars.verdicts(rows)
+    found = SUITE.verdicts(rows)
     (one,) = (one for one in found if one["work"].startswith(work))
     assert one["verdict"] == verdict
     assert one["measured"] == (None if measured is None else pytest.approx(measured))
     json.dumps(found, allow_nan=False)
-    lines = list(bars.bar_table(found, "title"))
+    lines = list(SUITE.table(found, "title"))
     assert max(map(len, lines)) < 130
     assert len(lines) == len(found) + 2
     met = sum(one["verdict"] in ("met", "aim met") for one in found)
@@ -97,20 +101,22 @@ def test_a_bar_says_whether_it_was_reached(
 
 
 def test_bars_without_their_rows_are_not_there() -> None:
-    assert bars.verdicts([ours("4x4096-page1", over_page16=0.9, tflops=1.0)]) == []
-    assert list(bars.bar_table([], "title")) == []
+    assert SUITE.verdicts([ours("4x4096-page1", over_page16=0.9, tflops=1.0)]) == []
+    assert list(SUITE.table([], "title")) == []
 
 
-def test_one_name_stands_for_all_that_the_bars_need() -> None:
-    chosen = bench_prefill.parse(["--workloads", "bars"]).workloads
-    assert chosen == list(bars.NEEDED)
-    assert set(chosen) <= set(bench_prefill.parse([]).workloads)
+@pytest.mark.parametrize(
+    "benchmark", [bench_prefill.Prefill(), bench_decode.Decode(), bench_append.Appending()]
+)
+def test_one_name_stands_for_all_that_the_bars_need(benchmark: script.Benchmark) -> None:
+    suite = benchmark.suite
+    chosen = script.parse(benchmark, ["--workloads", "bars"]).workloads
+    assert chosen == list(suite.needed)
+    assert set(chosen) <= set(script.parse(benchmark, []).workloads)
     # What is chosen so is all that every bar asks for, and nothing else.
-    rows = [
-        ours(name, tflops=1.0, graph_us=1.0, plan_us=1.0, over_page16=1.0, value=1.0)
-        for name in chosen
-    ]
-    assert len(bars.verdicts(rows)) == len(bars.BARS)
+    times = {"us": 1.0, "graph_us": 1.0, "plan_us": 1.0, "value": 1.0}
+    rows = [ours(name, tflops=1.0, gbs=1.0, over_page16=1.0, **times) for name in chosen]
+    assert len(suite.verdicts(rows)) == len(suite.bars)
     for name in chosen:
         fewer = [row for row in rows if row["workload"] != name]
-        assert len(bars.verdicts(fewer)) < len(bars.BARS), name
+        assert len(suite.verdicts(fewer)) < len(suite.bars), name

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import check
-import contender
 import numpy as np
+import problem as problems
 import pytest
 import timing
 import workloads
 from bench_problems import DTYPES, bits, formula, ragged_problem
 
 
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_formula_rounded_once_is_right(rng: np.random.Generator, dtype: str) -> None:
-    problem = ragged_problem(rng, dtype)
+def test_the_formula_rounded_once_is_right(
+    rng: np.random.Generator, dtype: str, kv_layout: str
+) -> None:
+    problem = ragged_problem(rng, dtype, kv_layout)
     verdict = problem.verify(bits(formula(problem), dtype), rng)
     assert verdict.ok
     assert verdict.detail == ""
@@ -24,7 +27,7 @@ def test_the_formula_rounded_once_is_right(rng: np.random.Generator, dtype: str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_rows_is_the_formula(rng: np.random.Generator, causal: bool) -> None:
     w = workloads.Workload("w", (7,), (5,), 6, 2, causal, 2, head_dim=8)
-    problem = contender.make_problem(w, "float16", timing.HostDevice(), rng)
+    problem = problems.make_problem(w, "float16", timing.HostDevice(), rng)
     slots = problem.table.slots(0)
     k, v = (a.reshape(-1, 2, 8)[slots].astype(np.float64) for a in (problem.k, problem.v))
     visible = check.visible_keys(np.arange(7), 7, 5, causal)
@@ -68,7 +71,7 @@ def test_a_row_without_keys_must_be_exactly_zero(rng: np.random.Generator, dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_missing_key_is_wrong(rng: np.random.Generator, dtype: str) -> None:
     w = workloads.Workload("w", (4,), (64,), 2, 1, False, 16, head_dim=64)
-    problem = contender.make_problem(w, dtype, timing.HostDevice(), rng)
+    problem = problems.make_problem(w, dtype, timing.HostDevice(), rng)
     slots = problem.table.slots(0)[:-1]
     k, v = (a.reshape(-1, 1, 64)[slots].astype(np.float64) for a in (problem.k, problem.v))
     q = problem.q.astype(np.float64)

@@ -11,17 +11,22 @@ from typing import Any
 import bench_prefill
 import contender
 import host_costs
+import host_rows
+import looks
 import measure
 import numpy as np
 import plotting
+import problem as problems
 import pytest
 import report
+import script
 import timing
 import workloads
 from bench_problems import ALL, TABLE, count_pairs
 from processes import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
+PREFILL = bench_prefill.Prefill()
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -137,6 +142,7 @@ def test_an_error_is_a_result_and_the_other_workloads_still_run(
         ("cupaged", "ok", 0),
         ("cupaged", "wrong", 1),
         ("cupaged", "failed", 1),
+        ("cupaged-host", "failed", 1),
         ("fa3", "wrong", 1),
         ("fa3", "failed", 0),
     ],
@@ -148,7 +154,7 @@ def test_the_exit_status_is_about_wrong_results_and_cupaged(
         {"contender": "cupaged", "status": "ok"},
         {"contender": contender_name, "status": status},
     ]
-    assert bench_prefill.exit_status(rows) == expected
+    assert script.exit_status(rows) == expected
 
 
 def test_a_host_cost_that_fails_is_a_row_and_the_others_still_come(
@@ -171,7 +177,7 @@ def test_without_a_gpu_it_says_what_works_without_one(
         def __init__(self) -> None:
             raise timing.NoDeviceError("no CUDA device: none")
 
-    monkeypatch.setattr(bench_prefill, "CudaDevice", Absent)
+    monkeypatch.setattr(script, "CudaDevice", Absent)
     assert bench_prefill.main([]) == 2
     assert capsys.readouterr().err == "no CUDA device: none; --quick needs no GPU\n"
 
@@ -189,13 +195,13 @@ def test_a_wrong_option_is_refused(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        bench_prefill.parse(arguments)
+        script.parse(PREFILL, arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_rows_of_any_content_fit_the_line() -> None:
-    problem = contender.make_problem(
+    problem = problems.make_problem(
         TABLE[-1], "float16", timing.HostDevice(), np.random.default_rng()
     )
     row = measure.new_row(problem, "flashinfer-fa3") | {
@@ -214,7 +220,7 @@ def test_rows_of_any_content_fit_the_line() -> None:
         "status": "wrong",
         "notes": ["x" * 200],
     }
-    host = host_costs.host_row("plan-1024-append", "flashinfer-fa3", 1234567.0, "us", "y" * 200)
+    host = host_rows.host_row("plan-1024-append", "flashinfer-fa3", 1234567.0, "us", "y" * 200)
     head = {
         "gpu": "NVIDIA H200",
         "backend": "cuda",
@@ -229,10 +235,10 @@ def test_rows_of_any_content_fit_the_line() -> None:
     }
     swept = [
         row | {"sweep": sweep, "page_size": n, "kv_lens": [n], "over_page16": 0.123}
-        for sweep in report.SWEEPS
+        for sweep in looks.PREFILL.sweeps
         for n in range(1, 11)
     ]
-    lines = list(report.table(head, [row, *swept, host]))
+    lines = list(report.table(head, [row, *swept, host], looks.PREFILL))
     assert max(map(len, lines)) < 130
     assert "\n".join(lines).count(" 1234.5!") == 20
     assert "prefill-among-decodes*" in "\n".join(lines)
@@ -274,7 +280,8 @@ def test_the_plot_over_the_length_has_every_contender_and_the_ceiling() -> None:
         for name, rate in rates.items()
     ]
     panel = figures.Figure().subplots()
-    plotting.draw_lengths(panel, {"ceilings": {"matmul_tflops": 777.0}}, rows)
+    head = {"ceilings": {"matmul_tflops": 777.0}}
+    plotting.draw_lengths(panel, head, rows, looks.PREFILL)
     drawn = {line.get_label(): line for line in panel.get_lines()}
     lengths = list(workloads.SWEEP_LENGTHS)
     for label, rate in (
@@ -289,8 +296,8 @@ def test_the_plot_over_the_length_has_every_contender_and_the_ceiling() -> None:
 
 
 def test_a_group_and_rows_of_it_may_be_chosen() -> None:
-    chosen = bench_prefill.parse(["--workloads", "4x4096-page24,page-sweep,import"])
-    turns = bench_prefill.turns(chosen)
+    chosen = script.parse(PREFILL, ["--workloads", "4x4096-page24,page-sweep,import"])
+    turns = script.turns(PREFILL, chosen)
     assert [(name, [w.page_size for w in ws]) for name, ws in turns] == [
         ("page-sweep", list(workloads.SWEEP_PAGE_SIZES))
     ]

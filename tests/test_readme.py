@@ -31,7 +31,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-#: The examples by what they import first: numpy, on which the others build, cupy, torch, jax.numpy.
+#: The examples by what they import first: numpy, on which the others build, cupy, torch, jax.numpy;
+#: cupaged, the life of requests; torch.cuda, a graph.
 EXAMPLES = {block.split()[1]: block for block in blocks("python")}
 
 
@@ -79,7 +80,7 @@ def check_jax(names: Names, platform: str) -> None:
 
 
 def test_every_example_is_run_here() -> None:
-    assert list(EXAMPLES) == ["numpy", "cupy", "torch", "jax.numpy"]
+    assert list(EXAMPLES) == ["numpy", "cupy", "torch", "jax.numpy", "cupaged", "torch.cuda"]
 
 
 def test_the_numpy_example() -> None:
@@ -99,6 +100,52 @@ def test_the_jax_example_on_the_host() -> None:
     jax = pytest.importorskip("jax")
     with jax.default_device(jax.devices("cpu")[0]):
         check_jax(run_example("jax.numpy"), "cpu")
+
+
+def test_the_life_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step, of the last layer, against the contiguous history of both that live."""
+    histories: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"a": [], "b": [], "c": []}
+    append, fork = cupaged.PagedKVCache.append, cupaged.PagedKVCache.fork
+
+    def recorded(self: Any, requests: list[str], k: Any, v: Any, layer: int) -> None:
+        append(self, requests, k, v, layer)
+        if layer == 1:
+            new = np.split(np.arange(len(k)), self.qo_indptr(requests)[1:-1])
+            for request, mine in zip(requests, new, strict=True):
+                histories[request].append((k[mine], v[mine]))
+
+    def forked(self: Any, request: str, new: str) -> None:
+        fork(self, request, new)
+        histories[new] = list(histories[request])
+
+    monkeypatch.setattr(cupaged.PagedKVCache, "append", recorded)
+    monkeypatch.setattr(cupaged.PagedKVCache, "fork", forked)
+    names = run_example("cupaged")
+    assert names["living"] == ["a", "c"]
+    formula = oracle.Formula()
+    for r, request in enumerate(names["living"]):
+        k, v = (np.concatenate(half) for half in zip(*histories[request], strict=True))
+        assert len(k) == 140
+        q, out = names["q"][r : r + 1], names["out"][r : r + 1]
+        expected, _ = oracle.attend(q, k, v, formula)
+        plain = oracle.plain_same_dtype(q, k, v, formula)
+        oracle.assert_close(out, expected, plain, np.ones(1, np.bool_), request)
+
+
+@pytest.mark.gpu
+def test_the_graph_example() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch without CUDA")
+    names = run_example("torch.cuda")
+    q, out, pages = (names[name].cpu().numpy() for name in ("q", "out", "pages"))
+    formula = oracle.Formula()
+    for r, keys in enumerate((147, 160, 151)):
+        k, v = (oracle.gather(pages[:, i], "NHD", range(10 * r, 64), keys, 16) for i in range(2))
+        expected, _ = oracle.attend(q[r : r + 1], k, v, formula)
+        plain = oracle.plain_same_dtype(q[r : r + 1], k, v, formula)
+        seen = np.ones(1, np.bool_)
+        oracle.assert_close(out[r : r + 1], expected, plain, seen, f"out of request {r}")
 
 
 @pytest.mark.gpu

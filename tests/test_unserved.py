@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import decode_calls
 import numpy as np
 import pytest
+from decode_calls import Decode
 from small_call import (
     Wrapper,
     check_error,
@@ -17,11 +19,6 @@ from small_call import (
 )
 
 CONSTRUCTOR_UNSERVED: dict[str, tuple[Any, str]] = {
-    "use_cuda_graph": (True, "True"),
-    "qo_indptr_buf": (ints(0), "a ndarray"),
-    "paged_kv_indptr_buf": (ints(0), "a ndarray"),
-    "paged_kv_indices_buf": (ints(0), "a ndarray"),
-    "paged_kv_last_page_len_buf": (ints(0), "a ndarray"),
     "custom_mask_buf": (ints(0), "a ndarray"),
     "mask_indptr_buf": (ints(0), "a ndarray"),
     "jit_args": ([1], "a list"),
@@ -58,6 +55,28 @@ RUN_UNSERVED: dict[str, tuple[Any, str]] = {
     "uses_spcompress": (True, "True"),
 }
 
+DECODE_CONSTRUCTOR_UNSERVED: dict[str, tuple[Any, str]] = {"jit_args": ([1], "a list")}
+DECODE_PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
+    "pos_encoding_mode": ("ROPE_LLAMA", "'ROPE_LLAMA'"),
+    "window_left": (0, "0"),
+    "logits_soft_cap": (30.0, "30.0"),
+    "rope_scale": (1.0, "1.0"),
+    "rope_theta": (1e4, "10000.0"),
+    "block_tables": (ints(0), "a ndarray"),
+    "seq_lens": (ints(0), "a ndarray"),
+}
+DECODE_RUN_UNSERVED: dict[str, tuple[Any, str]] = {
+    "enable_pdl": (True, "True"),
+    "window_left": (4, "4"),
+    "sinks": (np.zeros(4, np.float32), "a ndarray"),
+    "skip_softmax_threshold_scale_factor": (1.0, "1.0"),
+    "kv_cache_sf": (np.zeros(4, np.uint8), "a ndarray"),
+}
+#: Served by the constructors, and checked in test_graph_buffers.py.
+GRAPHS = {"use_cuda_graph", "max_batch_size", "max_num_pages"}
+PREFILL_NAMES = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+DECODE_NAMES = ("indptr", "indices", "last_page_len")
+
 
 def check_unserved(where: str, name: str, row: tuple[Any, str], call: Any, **others: Any) -> None:
     value, words = row
@@ -82,10 +101,38 @@ def test_unserved_by_run(name: str, row: tuple[Any, str]) -> None:
     assert (out == 7).all()
 
 
+@pytest.mark.parametrize(("name", "row"), DECODE_CONSTRUCTOR_UNSERVED.items())
+def test_unserved_by_decodes_constructor(name: str, row: tuple[Any, str]) -> None:
+    check_unserved(Decode.__name__, name, row, Decode)
+
+
+@pytest.mark.parametrize(("name", "row"), DECODE_PLAN_UNSERVED.items())
+def test_unserved_by_decodes_plan(name: str, row: tuple[Any, str]) -> None:
+    check_unserved("plan()", name, row, decode_calls.small_plan)
+
+
+@pytest.mark.parametrize(("name", "row"), DECODE_RUN_UNSERVED.items())
+def test_unserved_by_decodes_run(name: str, row: tuple[Any, str]) -> None:
+    out = np.full((3, 4, 64), 7, np.float16)
+    arguments = decode_calls.run_arguments(q=np.zeros((3, 4, 64), np.float16), out=out)
+    check_unserved("run()", name, row, decode_calls.small_plan().run, **arguments)
+    assert (out == 7).all()
+
+
+def check_known(wrapper: type, served: dict[str, set[str]]) -> None:
+    """The methods have exactly these arguments."""
+    for method, names in served.items():
+        parameters = set(inspect.signature(getattr(wrapper, method)).parameters) - {"self"}
+        assert parameters == names, method
+
+
 def test_no_argument_is_ignored() -> None:
     """Every argument is served, checked above, or one that these lists know."""
     served = {
-        "__init__": {"float_workspace_buffer", "kv_layout", "backend"} | set(CONSTRUCTOR_UNSERVED),
+        "__init__": {"float_workspace_buffer", "kv_layout", "backend"}
+        | GRAPHS
+        | {f"{name}_buf" for name in PREFILL_NAMES}
+        | set(CONSTRUCTOR_UNSERVED),
         "plan": set(plan_arguments())
         | {"head_dim_vo", "causal", "sm_scale", "q_data_type", "kv_data_type", "o_data_type"}
         | {"non_blocking", "fixed_split_size", "disable_split_kv"}
@@ -94,9 +141,24 @@ def test_no_argument_is_ignored() -> None:
         | {"return_lse", "lse_base"}
         | set(RUN_UNSERVED),
     }
-    for method, names in served.items():
-        parameters = set(inspect.signature(getattr(Wrapper, method)).parameters) - {"self"}
-        assert parameters == names, method
+    check_known(Wrapper, served)
+
+
+def test_no_argument_of_decode_is_ignored() -> None:
+    served = {
+        "__init__": {"float_workspace_buffer", "kv_layout", "backend", "use_tensor_cores"}
+        | GRAPHS
+        | {f"paged_kv_{name}_buffer" for name in DECODE_NAMES}
+        | set(DECODE_CONSTRUCTOR_UNSERVED),
+        "plan": set(decode_calls.plan_arguments())
+        | {"sm_scale", "q_data_type", "kv_data_type", "o_data_type", "data_type"}
+        | {"non_blocking", "fixed_split_size", "disable_split_kv", "q_len_per_req"}
+        | set(DECODE_PLAN_UNSERVED),
+        "run": {"q", "paged_kv_cache", "q_scale", "k_scale", "v_scale", "out", "lse"}
+        | {"return_lse", "lse_base", "q_len_per_req"}
+        | set(DECODE_RUN_UNSERVED),
+    }
+    check_known(Decode, served)
 
 
 def test_what_is_off_in_flashinfer_is_served() -> None:
@@ -113,3 +175,20 @@ def test_what_is_off_in_flashinfer_is_served() -> None:
         non_blocking=False,
     )
     wrapper.run(**run_arguments(window_left=-1, enable_pdl=False, lse_layout="NH", sinks=None))
+
+
+def test_what_is_off_in_flashinfers_decode_is_served() -> None:
+    Decode(use_cuda_graph=False, use_tensor_cores=True, paged_kv_indptr_buffer=None, jit_args=None)
+    wrapper = decode_calls.small_plan(
+        logits_soft_cap=0.0,
+        window_left=-1,
+        pos_encoding_mode="NONE",
+        rope_scale=None,
+        block_tables=None,
+        data_type=None,
+        non_blocking=False,
+    )
+    q = np.zeros((3, 4, 64), np.float16)
+    wrapper.run(
+        **decode_calls.run_arguments(q=q, window_left=-1, enable_pdl=False, q_len_per_req=1)
+    )
