@@ -7,8 +7,9 @@ from importlib import metadata
 from typing import Any
 
 import cupaged
-from cupaged import devices, kernels
+from cupaged import append_cuda, devices, kernels, merge_cuda
 from cupaged.errors import BackendUnavailableError
+from cupaged.spec import Kernel
 
 _CUPY_WHEELS = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 _NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
@@ -115,10 +116,14 @@ def _cache_lines(architectures: list[int]) -> list[str]:
     if not architectures:
         lines.append(_line("kernels", "not looked for: no GPU that they could be compiled for"))
     for arch in architectures:
-        configurations = list(kernels.configurations(arch))
-        compiled = [c.name for c in configurations if kernels.find_cached(c, arch) is not None]
-        words = f"{len(compiled)} of {len(configurations)} compiled for {kernels.target(arch)}"
-        if len(compiled) < len(configurations):
+        every: list[Kernel] = [
+            *kernels.configurations(arch),
+            *append_cuda.KERNELS,
+            *merge_cuda.KERNELS.values(),
+        ]
+        compiled = [each.name for each in every if kernels.find_cached(each, arch) is not None]
+        words = f"{len(compiled)} of {len(every)} compiled for {kernels.target(arch)}"
+        if len(compiled) < len(every):
             words += "; the others will be when they are first needed"
         lines.append(_line("kernels", words))
         lines += [_line("", name) for name in compiled]

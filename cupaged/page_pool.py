@@ -6,7 +6,7 @@ Nothing here knows an array of keys or values; what has to be copied is told to 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -231,6 +231,6 @@ def named(requests: Sequence[Request]) -> str:
     return f"request{'s' if len(requests) > 1 else ''} {words}"
 
 
-def counted(count: int, what: Any) -> str:
+def counted(count: int, what: str) -> str:
     """A count of things in words."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"

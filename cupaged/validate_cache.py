@@ -51,9 +51,7 @@ def counts(values: Any, requests: Sequence[Request]) -> list[int]:
     if isinstance(values, (int, np.integer)):
         return [count(values, "n", requests[0].id)] * len(requests) if requests else []
     if not isinstance(values, list | tuple):
-        raise TypeError(
-            f"n is {what(values)}, expected an int, or a list of one for each request"
-        )
+        raise TypeError(f"n is {what(values)}, expected an int, or a list of one for each request")
     if len(values) != len(requests):
         raise ValueError(
             f"n has length {len(values)}, expected {len(requests)}: an int for each request"

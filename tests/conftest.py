@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 # Their assertions shall say what was compared, as those of the tests do.
 pytest.register_assert_rewrite(
     *("gpu_calls", "processes", "small_call", "stand_ins", "strategies"),
-    *("cascades", "life", "states"),
+    *("cascades", "gpu_appends", "life", "page_problems", "states"),
 )
 
 # The benchmark is a folder of scripts, no package.
@@ -132,11 +132,12 @@ def compiled_kernels(_own_cache: Path) -> None:
 
     from gpu_calls import every_configuration
 
-    from cupaged import devices, kernels
+    from cupaged import append_cuda, devices, kernels, merge_cuda
 
     arch = devices.device_model(0).arch
+    every = (*every_configuration(), *append_cuda.KERNELS, *merge_cuda.KERNELS.values())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda config: kernels.cubin_path(config, arch), every_configuration()))
+        list(pool.map(lambda kernel: kernels.cubin_path(kernel, arch), every))
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +150,15 @@ def cp(compiled_kernels: None) -> Any:
     import cupy
 
     return cupy
+
+
+@pytest.fixture
+def exact_allocations(cp: Any) -> Iterator[None]:
+    """Take memory from CUDA itself: CuPy's pool rounds up, and hides what is outside."""
+    cp.cuda.set_allocator(None)
+    yield
+    cp.cuda.Device().synchronize()
+    cp.cuda.set_allocator(cp.get_default_memory_pool().malloc)
 
 
 @pytest.fixture(params=["prefill_sm90", "prefill_sm80"])

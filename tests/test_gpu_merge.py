@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -167,15 +166,6 @@ def test_a_state_merged_with_itself(cp: Any, rng: np.random.Generator) -> None:
 
 
 # Memory: for compute-sanitizer, arrays are allocated to the byte
-
-
-@pytest.fixture
-def exact_allocations(cp: Any) -> Iterator[None]:
-    """Take memory from CUDA itself: CuPy's pool rounds up, and hides what is outside."""
-    cp.cuda.set_allocator(None)
-    yield
-    cp.cuda.Device().synchronize()
-    cp.cuda.set_allocator(cp.get_default_memory_pool().malloc)
 
 
 @pytest.mark.usefixtures("exact_allocations")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -152,15 +151,6 @@ def test_offsets_of_more_than_2_31_elements(cp: Any, rng: np.random.Generator, p
                 assert (to_host(pages[int(at)]).view(np.uint8) == 0xFF).all()
     del huge, pages, on_gpu
     cp.get_default_memory_pool().free_all_blocks()
-
-
-@pytest.fixture
-def exact_allocations(cp: Any) -> Iterator[None]:
-    """Memory from CUDA itself, without a byte more: for compute-sanitizer."""
-    cp.cuda.set_allocator(None)
-    yield
-    cp.cuda.Device().synchronize()
-    cp.cuda.set_allocator(cp.get_default_memory_pool().malloc)
 
 
 @pytest.mark.usefixtures("exact_allocations")

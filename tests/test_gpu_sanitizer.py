@@ -1,10 +1,10 @@
-"""Every kernel configuration once, small: for compute-sanitizer.
+"""Every attention kernel once, small: for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_gpu_sanitizer.py
-    compute-sanitizer --tool racecheck python -m pytest -m gpu tests/test_gpu_sanitizer.py
+    compute-sanitizer --tool memcheck python -m pytest -m gpu -k "sanitizer or every_kernel" tests
+    compute-sanitizer --tool racecheck python -m pytest -m gpu -k "sanitizer or every_kernel" tests
 
-Caches and outputs are allocated to the byte, so that a read or a store past them is one outside
-of an allocation.
+`every_kernel` adds the tests of appending and merging that are for it too. Caches and outputs are
+allocated to the byte, so that a read or a store past them is one outside of an allocation.
 """
 
 from __future__ import annotations
@@ -12,26 +12,19 @@ from __future__ import annotations
 from typing import Any
 
 import batches
+import graph_calls
 import numpy as np
 import oracle
 import pytest
 import strategies
+from decode_calls import DECODING
 from gpu_calls import planned, schedule_of, to_gpu, to_host
 from oracle import Formula
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("family")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("family", "exact_allocations")]
 
 #: (queries, keys): a decode, a short append, and two of the long shape's tiles with a ragged end.
 LENGTHS = {"short": ([1, 3], [70, 130]), "long": ([70], [150])}
-
-
-@pytest.fixture(autouse=True)
-def exact_allocations(cp: Any) -> Any:
-    """Take memory from CUDA itself: CuPy's pool rounds up, and hides what is outside."""
-    cp.cuda.set_allocator(None)
-    yield
-    cp.cuda.Device().synchronize()
-    cp.cuda.set_allocator(cp.get_default_memory_pool().malloc)
 
 
 @pytest.mark.parametrize("shape", LENGTHS)
@@ -127,3 +120,14 @@ def test_groups(cp: Any, rng: np.random.Generator, group: int) -> None:
     on_gpu = batch.on(to_gpu)
     out = wrapper.run(on_gpu.q, on_gpu.cache)
     oracle.check_all(batch, Formula(causal=True), to_host(out))
+
+
+@pytest.mark.parametrize("options", [{"fixed_split_size": 2}, {"disable_split_kv": True}])
+def test_decoding_in_a_graph(cp: Any, rng: np.random.Generator, options: dict[str, Any]) -> None:
+    """One plan after another at the same addresses."""
+    steps = [
+        graph_calls.build(rng, [(1, kv_len) for kv_len in step], group=4, head_dim=128)
+        for step in ([250, 17, 0, 40], [3], [1400, 33])
+    ]
+    wrapper = graph_calls.graphed("decode")
+    graph_calls.check_steps(graph_calls.with_cupy(cp), wrapper, steps, DECODING, **options)

@@ -151,11 +151,11 @@ def test_plans_one_after_the_other_in_one_place(
     record(machine, wrapper, most_rows, 1000)
     held = launches_of(wrapper)
     for step in range(1, len(steps)):
-        try:
+        if rows[step] > (most_rows if kind is Decode else rows[0]):
+            with pytest.raises(ValueError, match=rf"^the batch has {rows[step]} rows of q, "):
+                plan(step)
+        else:
             plan(step)
-        except ValueError as refusal:
-            assert str(refusal).startswith(f"the batch has {rows[step]} rows of q, expected at mos")
-            assert rows[step] > (most_rows if kind is Decode else rows[0])
         assert launches_of(wrapper) == held
 
 

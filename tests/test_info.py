@@ -15,7 +15,7 @@ from processes import NO_GPU, run_module, run_python
 
 import cupaged
 from cupaged import __main__ as command
-from cupaged import devices, info, kernels
+from cupaged import append_cuda, devices, info, kernels, merge_cuda
 
 
 class Runtime:
@@ -93,12 +93,13 @@ def test_info_counts_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path))
     pretend(monkeypatch, (8, 0), (9, 0), (9, 0))
     every = list(kernels.configurations(90))
+    rest = len(append_cuda.KERNELS) + len(merge_cuda.KERNELS)
     kernels.cubin_path(every[0], 90)
     lines = info.info().splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("kernels"))
     others = len(list(kernels.configurations(80)))
-    assert re.match(f"kernels +0 of {others} compiled for sm_80;", lines[begin])
-    assert re.match(f"kernels +1 of {len(every)} compiled for sm_90a;", lines[begin + 1])
+    assert re.match(f"kernels +0 of {others + rest} compiled for sm_80;", lines[begin])
+    assert re.match(f"kernels +1 of {len(every) + rest} compiled for sm_90a;", lines[begin + 1])
     assert [line.strip() for line in lines[begin + 2 :]] == [every[0].name]
 
 

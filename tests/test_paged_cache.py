@@ -102,6 +102,27 @@ def test_another_way_to_write(rng: np.random.Generator) -> None:
     assert (read(cache, "a", 2)[0][3] == k.view(np.uint16)).all()
 
 
+def test_what_comes_between_the_layers_of_a_step(rng: np.random.Generator) -> None:
+    k = rows(rng, 3)
+    cache = PagedKVCache(8, 4, HEADS, DIM, num_layers=2)
+    cache.add("a", 3)
+    cache.append(["a"], k, k, 0)
+    cache.truncate("a", 2)
+    cache.append(["a"], k[:2], k[:2], 1)
+    assert (read(cache, "a", 1)[0] == k[:2].view(np.uint16)).all()
+    cache.extend("a", 1)
+    cache.append(["a"], k[2:], k[2:], 0)
+    cache.mark_appended(["a"])
+    with pytest.raises(RuntimeError):
+        cache.append(["a"], k[2:], k[2:], 1)
+    cache.extend("a", 1)
+    cache.append(["a"], k[:1], k[:1], 0)
+    cache.free("a")
+    cache.add("a", 2)
+    cache.append(["a"], k[:2], k[:2], 0)
+    assert (read(cache, "a", 0)[0] == k[:2].view(np.uint16)).all()
+
+
 def test_a_list_of_requests_is_extended_as_they_are_one_by_one() -> None:
     one, other = (PagedKVCache(64, 4, HEADS, DIM) for _ in range(2))
     ids = list("abcd")
