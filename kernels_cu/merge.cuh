@@ -50,12 +50,12 @@ __device__ __forceinline__ void merge_states(const RowMap& rows, int first_row, 
         const int column = i % ROW_CHUNKS * 8;
         float top = NEG_INF;
         // Unrolled, so that the loads of several states are on their way together.
-#pragma unroll 8
+#pragma unroll 16
         for (int s = 0; s < count; ++s) top = fmaxf(top, lse[s * lse_stride + row]);
         const float shift = top == NEG_INF ? 0.0f : top;
         float total = 0.0f;
         float sum[8] = {};
-#pragma unroll 8
+#pragma unroll 16
         for (int s = 0; s < count; ++s) {
             const float weight = exp2_approx(lse[s * lse_stride + row] - shift);
             const float* source = out + s * out_stride + row * HEAD_DIM + column;
