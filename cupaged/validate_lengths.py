@@ -29,15 +29,18 @@ _MAX_ROWS = _MAX_KEYS = 2**30
 
 
 class Names(NamedTuple):
-    """What a call names its index arrays."""
+    """What a call names its index arrays, and what it says made it causal."""
 
     indptr: str
     indices: str
     last_page_len: str
+    why_causal: str
 
 
-PREFILL_NAMES = Names("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
-DECODE_NAMES = Names("indptr", "indices", "last_page_len")
+PREFILL_NAMES = Names(
+    "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "with causal=True "
+)
+DECODE_NAMES = Names("indptr", "indices", "last_page_len", "")
 
 
 def _indptr(indptr: HostIndex, name: str) -> tuple[IntArray, IntArray]:
@@ -222,10 +225,10 @@ def warn_of_mistakes(
             r = int(short.argmax())
             qo_len, kv_len = int(lengths.qo_len[r]), int(lengths.kv_len[r])
             warnings.warn(
-                f"request {r} has {qo_len} queries and {kv_len} keys{_and_others(count - 1)}: with "
-                f"causal=True its first {qo_len - kv_len} rows see no key, and will be 0. Were the "
-                f"new keys and values appended to the cache, and counted in {names.indptr} and "
-                f"{names.last_page_len}?",
+                f"request {r} has {qo_len} queries and {kv_len} keys{_and_others(count - 1)}: "
+                f"{names.why_causal}its first {qo_len - kv_len} rows see no key, and will be 0. "
+                "Were the new keys and values appended to the cache, and counted in "
+                f"{names.indptr} and {names.last_page_len}?",
                 CupagedWarning,
                 stacklevel=_PLANS_CALLER,
             )
