@@ -13,7 +13,7 @@ import numpy as np
 from cupaged import kernels
 from cupaged.append import Indices, Slots, Uploaded
 from cupaged.device_plan import magic
-from cupaged.devices import cupy, device_model
+from cupaged.devices import cupy, device_model, is_recorded
 from cupaged.staging import Upload, upload
 
 #: How the kernel learns of the rows' slots: they come with the launch; they were uploaded; it looks
@@ -153,11 +153,6 @@ _functions: dict[tuple[int, Way, int], int] = {}
 # Arguments that no call is using. A call takes one off and puts it back, so that calls of other
 # threads meanwhile have others.
 _spare: list[Argument] = []
-
-
-def is_capturing(stream: int) -> bool:
-    """Whether a CUDA graph is being captured from a stream, which the default one can't be."""
-    return stream != 0 and bool(cupy().cuda.runtime.streamIsCapturing(stream))
 
 
 def on_host(indices: Indices, stream: int) -> Indices:
@@ -326,7 +321,7 @@ def _unit_bytes(head_bytes: int, *tensors: Any) -> int:
 
 def _load(unit_bytes: int, way: Way, device: int, stream: int) -> int:
     """The `CUfunction` of a kernel that is asked for the first time."""
-    if is_capturing(stream):
+    if is_recorded(stream):
         raise RuntimeError(
             "append_paged_kv_cache() in the capture of a CUDA graph, where its kernel can't be "
             "loaded: call it once before, with the same arrays"

@@ -16,7 +16,15 @@ import numpy as np
 
 from cupaged import dlpack
 from cupaged.spec import DTYPES
-from cupaged.streams import caller_stream, cupy, framework, on, on_stream_of, order_after
+from cupaged.streams import (
+    caller_stream,
+    cupy,
+    framework,
+    on,
+    on_stream_of,
+    order_after,
+    torch_stream,
+)
 
 __all__ = [
     "allocate_output",
@@ -30,6 +38,7 @@ __all__ = [
     "import_tensor",
     "on",
     "on_stream_of",
+    "torch_stream",
     "writable",
 ]
 

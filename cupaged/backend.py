@@ -56,7 +56,7 @@ def refuse_recording(stream: int) -> None:
     ------
     RuntimeError
     """
-    if stream and devices.cupy().cuda.runtime.streamIsCapturing(stream):
+    if devices.is_recorded(stream):
         raise RuntimeError(
             "plan() while a CUDA graph is being recorded: plan before, and for other lengths again "
             "before a replay"
@@ -125,7 +125,7 @@ class Plan:
         stream: int,
         tensors: tuple[Any, Any, Any, Any, Any | None],
         factors: tuple[float, float, float],
-    ) -> None:
+    ) -> bool:
         """Compute attention where the tensors live.
 
         Parameters
@@ -138,11 +138,16 @@ class Plan:
             q, k, v, out and lse; K and V in the plan's layout.
         factors : tuple of float
             What multiplies `q·k` in base 2, the output, and the base-2 LSE.
+
+        Returns
+        -------
+        bool
+            A CUDA graph holds the launches.
         """
         if device is None:
             q, k, v, out, lse = tensors
             if self.schedule.spec.kv_layout == "HND":
                 k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
             reference.run(self.schedule, self.page_indices, q, k, v, out, lse, *factors)
-        else:
-            cuda.run(self.on_device(device), stream, *tensors, factors)
+            return False
+        return cuda.run(self.on_device(device), stream, *tensors, factors)

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupaged import arrays
-from cupaged.devices import cupy
-from cupaged.merge_cuda import is_capturing
+from cupaged.devices import cupy, is_recorded
 from cupaged.spec import DTYPES, AttentionSpec
 
 
@@ -45,7 +44,7 @@ def scratch(num_levels: int, num_rows: int, spec: AttentionSpec, device: int | N
 
 def refuse_capture(stream: int) -> None:
     """Refuse to record a run whose memory will be another's before the graph is replayed."""
-    if is_capturing(stream):
+    if is_recorded(stream):
         raise RuntimeError(
             "run() is being recorded in a CUDA graph: construct the wrapper with "
             "use_cuda_graph=True"
@@ -103,7 +102,7 @@ class GraphScratch:
         found = self._find(num_rows, spec, device)
         if found is not None:
             return found
-        if is_capturing(stream):
+        if is_recorded(stream):
             raise RuntimeError(
                 f"run() in the capture of a CUDA graph with {num_rows} rows of q, for which no "
                 "memory is kept: call it once before, or plan() with as many rows"

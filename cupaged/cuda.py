@@ -11,7 +11,7 @@ import numpy as np
 
 from cupaged import tensor_maps
 from cupaged.device_plan import MAPS_BEGIN, PARAMS_BEGIN, PlacedPlan
-from cupaged.devices import cupy
+from cupaged.devices import cupy, is_recorded
 from cupaged.graph_plan import GraphPlan
 from cupaged.spec import PARAMS_DTYPE, field_offset
 
@@ -38,7 +38,7 @@ def run(
     out: Any,
     lse: Any | None,
     factors: tuple[float, float, float],
-) -> None:
+) -> bool:
     """Launch a plan's kernels.
 
     Parameters
@@ -52,8 +52,15 @@ def run(
     factors : tuple of float
         What multiplies `q·k` in base 2, the output, and the base-2 LSE.
 
+    Returns
+    -------
+    bool
+        A CUDA graph holds the launches.
+
     Raises
     ------
+    RuntimeError
+        A CUDA graph is being recorded, and can't hold this plan's launches.
     ValueError
         K's or V's rows don't begin at multiples of 16 bytes; in the recording of a CUDA graph, q's
         or out's.
@@ -64,8 +71,7 @@ def run(
     (k_page, k_token, k_head, _), (v_page, v_token, v_head, _) = k.strides, v.strides
     bits = q_pointer | k_pointer | v_pointer | out_pointer | q_row | q_head | out_row | out_head
     if (bits | k_page | k_token | k_head | v_page | v_token | v_head) % _ROW_ALIGNMENT:
-        _run_unaligned(plan, stream, q, k, v, out, lse, factors)
-        return
+        return _run_unaligned(plan, stream, q, k, v, out, lse, factors)
     if plan.heads_first:
         k_token, k_head, v_token, v_head = k_head, k_token, v_head, v_token
     lse_pointer, (lse_row, lse_head) = (0, (0, 0)) if lse is None else (lse.data.ptr, lse.strides)
@@ -80,11 +86,17 @@ def run(
     magnitude = max(abs(logit_scale), _SMALLEST_SCALE)
     cuda = cupy().cuda
     waits = stream != plan.stream.ptr
-    if waits and stream and cuda.runtime.streamIsCapturing(stream):
-        if not isinstance(plan, GraphPlan):
+    recorded = is_recorded(stream)
+    if recorded:
+        if waits and not isinstance(plan, GraphPlan):
             raise RuntimeError(
                 "run() is being recorded in a CUDA graph on another stream than plan()'s: "
                 "construct the wrapper with use_cuda_graph=True"
+            )
+        if not plan.recordable:
+            raise RuntimeError(
+                "run() is being recorded in a CUDA graph after reset_workspace_buffer(): "
+                "plan() before"
             )
         waits = False  # who replays the graph orders it behind the plan
     if waits:
@@ -98,7 +110,7 @@ def run(
                 *(k_page, k_token, k_head, v_page, v_token, v_head, ready.box_rows),
             )
             if maps is None:
-                function = plan.without_maps(ready.config)
+                function = plan.without_maps(ready.config, recorded)
         try:
             memory, address = ready.spare.pop()
         except IndexError:
@@ -116,6 +128,7 @@ def run(
     if waits:
         # The plan's memory is freed in the order of the stream it was made on.
         plan.stream.wait_event(cuda.get_current_stream().record())
+    return recorded
 
 
 def _run_unaligned(
@@ -127,7 +140,7 @@ def _run_unaligned(
     out: Any,
     lse: Any | None,
     factors: tuple[float, float, float],
-) -> None:
+) -> bool:
     """Run by way of aligned copies of q and out; K and V are too large to be copied unasked.
 
     Bits are copied: CuPy's own kernels for 16-bit floats need CUDA's headers, which need not be
@@ -140,7 +153,7 @@ def _run_unaligned(
                 f"{name} begins at address {pages.data.ptr:#x} with strides {pages.strides} in "
                 f"bytes, expected multiples of {_ROW_ALIGNMENT}"
             )
-    if stream and cupy().cuda.runtime.streamIsCapturing(stream):
+    if is_recorded(stream):
         for name, rows in (("q", q), ("out", target)):
             if not _aligned(rows):
                 raise ValueError(
@@ -151,11 +164,11 @@ def _run_unaligned(
     if not _aligned(q):
         q = q.view(np.uint16).copy(order="C").view(q.dtype)
     if _aligned(target):
-        run(plan, stream, q, k, v, target, lse, factors)
-    else:
-        result = cupy().empty(out.shape, out.dtype)
-        run(plan, stream, q, k, v, result, lse, factors)
-        out.view(np.uint16)[...] = result.view(np.uint16)
+        return run(plan, stream, q, k, v, target, lse, factors)
+    result = cupy().empty(out.shape, out.dtype)
+    run(plan, stream, q, k, v, result, lse, factors)
+    out.view(np.uint16)[...] = result.view(np.uint16)
+    return False
 
 
 def _without_idle_strides(array: Any) -> Any:

@@ -48,8 +48,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
     this library's.
 
     Once a run is recorded in a CUDA graph, a plan may have fewer requests than it, but no more, and
-    may change neither heads, dtypes, page size, `q_len_per_req` nor `sm_scale`. Replay the graph on
-    the stream of `plan()`, or behind it.
+    may change neither heads, dtypes, page size, `q_len_per_req`, `sm_scale`, nor how splits are
+    asked for; the workspace stays. A plan goes to the stream of the buffers, of the workspace, or
+    of the index arrays where they are CuPy's or PyTorch's; else to CuPy's current one, or
+    PyTorch's where CuPy's is the default one. Replay the graph there, or behind it.
     """
 
     _names = validate_lengths.DECODE_NAMES
@@ -130,7 +132,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         q_data_type, kv_data_type, o_data_type : dtype or str
             "float16" or "bfloat16", all three the same; the latter two follow `q_data_type`.
         data_type : dtype or str, optional
-            All three at once.
+            All three at once, `q_data_type` then being left as it is.
         sm_scale : float, optional
             What multiplies `q·k`; by default `1 / sqrt(head_dim)`.
         non_blocking : bool
@@ -241,6 +243,8 @@ seq_lens
         q : array [batch * q_len_per_req, num_qo_heads, head_dim]
             Of the planned dtype; a request's rows one after the other. Any strides with a
             contiguous last axis.
+            With `use_cuda_graph` there may be more rows than planned; the output's are then left
+            as they are.
         paged_kv_cache : (array, array) or array
             `(k, v)`, each `[num_pages, page_size, num_kv_heads, head_dim]` (NHD) or
             `[num_pages, num_kv_heads, page_size, head_dim]` (HND); or both in one array with an

@@ -94,6 +94,8 @@ class PlacedPlan:
     uploaded : cupy.cuda.Event
         After the upload.
     launches : tuple of ReadyLaunch
+    recordable : bool
+        A CUDA graph may hold the launches: they stay while the wrapper stays.
     """
 
     stream: Any
@@ -104,11 +106,24 @@ class PlacedPlan:
         self.page_shape = (spec.page_size, spec.num_kv_heads, spec.head_dim)
         self.heads_first = spec.kv_layout == "HND"
         self.device = device
+        self.recordable = True
         self._arch = device_model(device).arch
 
-    def without_maps(self, config: KernelConfig) -> int:
-        """The kernel that does the same without tensor maps."""
-        return kernels.load(replace(config, page_aligned=False), self._arch, self.device)
+    def without_maps(self, config: KernelConfig, recorded: bool) -> int:
+        """The kernel that does the same without tensor maps.
+
+        Raises
+        ------
+        RuntimeError
+            It would have to be loaded while a CUDA graph is `recorded`, where it can't be.
+        """
+        other = replace(config, page_aligned=False)
+        if recorded and not kernels.is_loaded(other, self.device):
+            raise RuntimeError(
+                "run() is being recorded in a CUDA graph, and the strides of K or V ask for a "
+                "kernel that isn't loaded yet: run() once before"
+            )
+        return kernels.load(other, self._arch, self.device)
 
     def wait(self) -> None:
         """Wait until the plan has arrived on the device, and maybe a later one."""

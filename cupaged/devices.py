@@ -39,6 +39,12 @@ def cupy() -> Any:
     return module
 
 
+def is_recorded(stream: int) -> bool:
+    """Whether what is launched on a stream goes into a CUDA graph."""
+    # The legacy default stream can't be recorded, and must not be asked while another one is.
+    return stream != 0 and bool(cupy().cuda.runtime.streamIsCapturing(stream))
+
+
 @functools.cache
 def device_model(device: int) -> DeviceModel:
     """What the planner needs to know of CUDA device `device`.

@@ -8,8 +8,8 @@ from cupaged.heuristics import SHORT_MAX_ROWS, most_partials
 from cupaged.spec import AttentionSpec, DeviceModel, KernelConfig
 from cupaged.tiles import Shape, kernel_config, slots
 
-#: Bytes of partial states where neither the lengths nor the caller's workspace bound them: what
-#: FlashInfer recommends for a workspace.
+#: Bytes of partial states of splits that the caller fixes, without a workspace: what FlashInfer
+#: recommends for one.
 _PARTIAL_BYTES = 128 << 20
 
 
@@ -101,12 +101,10 @@ def make_frame(
             partials = most_partials(slots(config, device), spec.num_kv_heads)
             if workspace_bytes is not None:
                 partials = min(partials, workspace_bytes // size)
-        elif workspace_bytes is not None:
-            partials = workspace_bytes // size
-        elif equal_rows is not None:
-            # A request of p pages has p / fixed_split_size splits, rounded up.
-            partials = tiles + tiles_each * (max_pages // fixed_split_size)
         else:
-            partials = _PARTIAL_BYTES // size
+            partials = (_PARTIAL_BYTES if workspace_bytes is None else workspace_bytes) // size
+            if equal_rows is not None:
+                # A request of p pages has p / fixed_split_size splits, rounded up.
+                partials = min(partials, tiles + tiles_each * (max_pages // fixed_split_size))
         frame[shape] = Room(config, tiles, partials)
     return frame

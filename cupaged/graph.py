@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any
 
 from cupaged import backend, schedule, validate_lengths
-from cupaged.devices import cupy
 from cupaged.frames import Frame, bytes_of_a_partial, make_frame
 from cupaged.graph_buffers import GraphBuffers
 from cupaged.graph_plan import GraphPlan
@@ -51,32 +50,14 @@ class Graph:
                 "reset_workspace_buffer() after run() was recorded in a CUDA graph, which holds "
                 "the present workspace: use another wrapper"
             )
+        if self._placed is not None:
+            self._placed.recordable = False
         self._placed = None
 
-    def note_run(self, stream: int, num_rows: int, num_pages: int) -> None:
-        """Remember a run if it is being recorded.
-
-        Parameters
-        ----------
-        stream : int
-            Of the run.
-        num_rows, num_pages : int
-            Rows of its q, and pages of its cache.
-
-        Raises
-        ------
-        RuntimeError
-            The plan that would be recorded is not the one that the next plan takes the place of.
-        """
-        # The legacy default stream can't be recorded, and must not be asked while another one is.
-        if stream and cupy().cuda.runtime.streamIsCapturing(stream):
-            if self._placed is None:
-                raise RuntimeError(
-                    "run() is being recorded in a CUDA graph after reset_workspace_buffer(): "
-                    "plan() before"
-                )
-            rows, pages = self._recorded or (num_rows, num_pages)
-            self._recorded = min(rows, num_rows), min(pages, num_pages)
+    def note_recorded(self, num_rows: int, num_pages: int) -> None:
+        """Remember a run that was recorded, by the rows of its q and the pages of its cache."""
+        rows, pages = self._recorded or (num_rows, num_pages)
+        self._recorded = min(rows, num_rows), min(pages, num_pages)
 
     def plan(
         self,
@@ -122,6 +103,8 @@ class Graph:
             )
         model = backend.device_model(device)
         max_rows = max(self._max_rows, lengths.nnz_qo)
+        if equal_rows is not None:
+            max_rows = self.buffers.max_batch * equal_rows
         made_for = (spec, splits, equal_rows, device, max_rows)
         frame = self._frame
         fits = self._placed is not None and (self._recorded or made_for == self._made_for)

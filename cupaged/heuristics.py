@@ -300,9 +300,10 @@ def _split_finish(
 
 
 def most_partials(slots: int, num_kv_heads: int) -> int:
-    """Partial-state slots that the splits of `choose_split` take at most.
+    """Partial-state slots that the splits of `choose_split` take, but for rare batches.
 
     A piece is at least the lowest candidate's share of a slot's mean work, and an item is cut into
-    two pieces at least: so there are at most twice as many pieces as go into all the work.
+    two pieces at least: so there are at most twice as many pieces as go into all the work. Where
+    all items are shorter than that share, pieces may be too, and there may be more.
     """
     return math.ceil(2 * slots / (_CANDIDATES[0] * num_kv_heads)) + 1

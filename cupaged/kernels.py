@@ -204,6 +204,11 @@ def cubin_path(kernel: Kernel, arch: int) -> Path:
     return found if found is not None else _store(kernel, arch, compile_cubin(kernel, arch)[0])
 
 
+def is_loaded(kernel: Kernel, device: int) -> bool:
+    """Whether a kernel is loaded on CUDA device `device`."""
+    return (kernel, device) in _loaded
+
+
 def load(kernel: Kernel, arch: int, device: int) -> int:
     """The kernel's `CUfunction`, loaded on CUDA device `device`, the current one.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from cupaged import kernels
 from cupaged.device_plan import magic
-from cupaged.devices import cupy, device_model
+from cupaged.devices import cupy, device_model, is_recorded
 from cupaged.merge import States
 from cupaged.spec import DTYPES
 
@@ -143,11 +143,6 @@ KERNELS: dict[tuple[np.dtype[Any], bool, int], MergeKernel] = {
 _functions: dict[tuple[MergeKernel, int], int] = {}
 
 
-def is_capturing(stream: int) -> bool:
-    """Whether a CUDA graph is being captured from a stream, which the default one can't be."""
-    return stream != 0 and bool(cupy().cuda.runtime.streamIsCapturing(stream))
-
-
 def load(dtype: np.dtype[Any], aligned: bool, num_states: int, device: int, stream: int) -> int:
     """The `CUfunction` that merges `num_states` states, loaded at the first call.
 
@@ -169,7 +164,7 @@ def load(dtype: np.dtype[Any], aligned: bool, num_states: int, device: int, stre
     kernel = KERNELS[dtype, aligned, num_states if num_states == _TWO else 0]
     found = _functions.get((kernel, device))
     if found is None:
-        if is_capturing(stream):
+        if is_recorded(stream):
             raise RuntimeError(
                 "attention states are merged in the capture of a CUDA graph, where the kernel "
                 "can't be loaded: make the same call once before"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from cupaged import append, append_cuda, arrays, streams, validate, validate_page
 from cupaged.append import Indices
-from cupaged.devices import cupy
+from cupaged.devices import cupy, is_recorded
 from cupaged.spec import KVLayout
 
 IntArray = npt.NDArray[np.int32]
@@ -108,7 +108,7 @@ def append_paged_kv_cache(
     current, stream = arrays.on_stream_of(home, device)
     with current:
         slots = None
-        if append_cuda.is_capturing(stream):
+        if is_recorded(stream):
             for name, array in zip(Indices._fields, indices, strict=True):
                 validate_page.read_by_graph(array, name, device)
         else:
@@ -287,7 +287,7 @@ def _on_host(call: str, **indices: Any) -> list[IntArray]:
     for name, x in indices.items():
         if not isinstance(x, _ON_THE_HOST):
             device = arrays.device_id(arrays.import_tensor(x, name))
-            if device is not None and append_cuda.is_capturing(arrays.caller_stream(x, device)):
+            if device is not None and is_recorded(arrays.caller_stream(x, device)):
                 validate_page.no_capture(call)
     return [arrays.import_index(x, name) for name, x in indices.items()]
 

@@ -55,6 +55,9 @@ class PagedAttention:
             raise ValueError("use_cuda_graph=True with backend='reference', which launches nothing")
         self._graph = None if graph_buffers is None else Graph(graph_buffers)
         self._plan: backend_room.Plan | None = None
+        # Plans that a CUDA graph holds though the wrapper was not made for one: they stay as they
+        # are, whatever is planned after them.
+        self._recorded: set[backend_room.Plan] = set()
         self.reset_workspace_buffer(float_workspace_buffer)
 
     @property
@@ -62,13 +65,17 @@ class PagedAttention:
         """Whether plans keep their addresses, so that a CUDA graph may hold a run."""
         return self._graph is not None
 
-    def reset_workspace_buffer(self, float_workspace_buffer: Any) -> None:
+    def reset_workspace_buffer(
+        self, float_workspace_buffer: Any, int_workspace_buffer: Any = None
+    ) -> None:
         """Take another workspace from the next `plan()` on.
 
         Parameters
         ----------
         float_workspace_buffer : array or None
             As the constructor takes it.
+        int_workspace_buffer : array, optional
+            For FlashInfer's callers; the library's index arrays are its own.
 
         Raises
         ------
@@ -169,7 +176,17 @@ class PagedAttention:
                 device = arrays.device_id(arrays.import_tensor(index, "index array"))
                 if device is not None:
                     return device, arrays.caller_stream(index)
-        return backend_room.current_place("cuda" if self._graph is not None else self._backend)
+        backend = "cuda" if self._graph is not None else self._backend
+        device, stream = backend_room.current_place(backend)
+        if device is not None:
+            for index in index_arrays:
+                if not isinstance(index, _ON_THE_HOST):
+                    # PyTorch's, on the host: its stream is the one that the caller works on.
+                    return device, arrays.caller_stream(index, device)
+            if self._graph is not None and not stream:
+                # Nothing orders a graph behind the plan, and who replays it may be in PyTorch.
+                stream = arrays.torch_stream(device)
+        return device, stream
 
     def _attend(
         self,
@@ -215,14 +232,10 @@ class PagedAttention:
         if lse is not None:
             result_lse = arrays.import_tensor(arrays.writable(lse, "lse"), "lse", q)
             validate_run.given(result_lse, "lse", rows, DTYPES["float32"], device)
+        if self._graph is not None and device is None:
+            raise ValueError("q is on the host, expected a CUDA device: use_cuda_graph=True")
         current, stream = arrays.on_stream_of(q, device)
         with current:
-            if self._graph is not None:
-                if device is None:
-                    raise ValueError(
-                        "q is on the host, expected a CUDA device: use_cuda_graph=True"
-                    )
-                self._graph.note_run(stream, num_rows, num_pages)
             if result is None:
                 result, out = arrays.allocate_output(
                     (*rows, spec.head_dim), queries.dtype, queries, q
@@ -231,12 +244,21 @@ class PagedAttention:
                 result_lse, lse = arrays.allocate_output(rows, DTYPES["float32"], queries, q)
             # Without rows there is nothing to launch, unless another plan has them.
             if plan.nnz_qo or (self._graph is not None and num_rows):
-                plan.run(device, stream, (queries, keys, values, result, result_lse), factors)
+                tensors = (queries, keys, values, result, result_lse)
+                if plan.run(device, stream, tensors, factors):
+                    self._note_recorded(plan, num_rows, num_pages)
             if out is None:
                 out = arrays.export(result, q)
             if lse is None and return_lse:
                 lse = arrays.export(result_lse, q)
         return (out, lse) if return_lse else out
+
+    def _note_recorded(self, plan: backend_room.Plan, num_rows: int, num_pages: int) -> None:
+        """Remember a run that a CUDA graph holds."""
+        if self._graph is not None:
+            self._graph.note_recorded(num_rows, num_pages)
+        else:
+            self._recorded.add(plan)
 
     def explain(self) -> str:
         """The plan as text: tiles, splits, work for each thread block, predicted imbalance.

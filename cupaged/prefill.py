@@ -46,7 +46,10 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedAttention):
 
     Once a run is recorded in a CUDA graph, a plan may have no more rows of q than it, nor than the
     largest plan before it: plan for the most rows first. It may change neither heads, dtypes, page
-    size, `causal` nor `sm_scale`. Replay the graph on the stream of `plan()`, or behind it.
+    size, `causal`, `sm_scale`, nor how splits are asked for; the workspace stays. A plan goes to
+    the stream of the buffers, of the workspace, or of the index arrays where they are CuPy's or
+    PyTorch's; else to CuPy's current one, or PyTorch's where CuPy's is the default one. Replay the
+    graph there, or behind it.
     """
 
     _names = validate_lengths.PREFILL_NAMES
@@ -255,6 +258,8 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
         ----------
         q : array [nnz_qo, num_qo_heads, head_dim]
             Of the planned dtype. Any strides with a contiguous last axis.
+            With `use_cuda_graph` there may be more rows than planned; the output's are then left
+            as they are.
         paged_kv_cache : (array, array) or array
             `(k, v)`, each `[num_pages, page_size, num_kv_heads, head_dim]` (NHD) or
             `[num_pages, num_kv_heads, page_size, head_dim]` (HND); or both in one array with an

@@ -104,6 +104,15 @@ def caller_stream(x: Any, device: int | None = None) -> int:
     return stream
 
 
+def torch_stream(device: int) -> int:
+    """Raw pointer of PyTorch's current stream on a CUDA device; 0 where it isn't in use."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    stream: int = torch.cuda.current_stream(device).cuda_stream
+    return stream
+
+
 def on(device: int | None, stream: int) -> AbstractContextManager[None]:
     """Make a CUDA device and a raw stream of it CuPy's current ones; None is the host."""
     if device is None:

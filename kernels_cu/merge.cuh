@@ -34,12 +34,12 @@ struct RowMap {
     }
 };
 
-// Merges `count` states of ROWS rows of the tile, from first_row on, as far as the request has them:
-// outputs [CTA_TILE_Q, HEAD_DIM], normalised, and their log-sum-exps [CTA_TILE_Q], base 2, each
-// state `out_stride` and `lse_stride` floats after the one before. Each of THREADS threads takes eight neighbouring
-// columns of a row, and hands what it gets to sink(row, column, float (&values)[8], lse). States
-// are added in their order, so the bits do not depend on which of them ended first. A state with an
-// lse of -inf weighs nothing.
+// Merges `count` states of ROWS rows of the tile, from first_row on, as far as the request has
+// them: outputs [CTA_TILE_Q, HEAD_DIM], normalised, and their log-sum-exps [CTA_TILE_Q], base 2,
+// each state `out_stride` and `lse_stride` floats after the one before. Each of THREADS threads
+// takes eight neighbouring columns of a row, and hands what it gets to
+// sink(row, column, float (&values)[8], lse). States are added in their order, so the bits do not
+// depend on which of them ended first. A state with an lse of -inf weighs nothing.
 template <int ROWS, int THREADS, typename Sink>
 __device__ __forceinline__ void merge_states(const RowMap& rows, int first_row, int thread,
                                              const float* out, const float* lse, i64 out_stride,

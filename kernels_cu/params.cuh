@@ -4,7 +4,8 @@
 #include "types.cuh"
 
 // One query tile of one request against one range of its keys, for every KV head, and where the
-// request lies: one record to wait for, and no other after it. Rows are packed: row i * gqa_group_size + g is query i under the g-th query head of the KV head's group.
+// request lies: one record to wait for, and no other after it. Rows are packed: row
+// i * gqa_group_size + g is query i under the g-th query head of the KV head's group.
 struct alignas(16) Item {
     int request;        // its number
     int row_begin;      // first packed row

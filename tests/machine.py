@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupaged import arrays, cuda, device_plan, devices, graph, graph_plan, kernels, staging, streams
+from cupaged import arrays, cuda, device_plan, devices, graph_plan, kernels, staging, streams
 from cupaged.spec import DeviceModel
 
 MODEL = DeviceModel(num_sms=7, arch=90)
@@ -125,7 +125,7 @@ class Machine:
 def install(patch: pytest.MonkeyPatch) -> Machine:
     """Let the library find this machine, with nothing on it yet."""
     found = Machine()
-    for module in (arrays, cuda, device_plan, devices, graph, graph_plan, staging, streams):
+    for module in (arrays, cuda, device_plan, devices, graph_plan, staging, streams):
         patch.setattr(module, "cupy", lambda: found)
     for module in (devices, device_plan, graph_plan):
         patch.setattr(module, "device_model", lambda device: MODEL)

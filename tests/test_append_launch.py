@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from page_problems import Problem, build, same_bits
 
-from cupaged import append, append_cuda, kernels
+from cupaged import append, append_cuda, devices, kernels
 from cupaged.append import Indices
 from cupaged.append_cuda import (
     APPEND_DTYPE,
@@ -190,7 +190,8 @@ def standing_in() -> Iterator[Driver]:
     """A driver in the place of CUDA's."""
     driver = Driver()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(append_cuda, "cupy", lambda: driver)
+        for module in (append_cuda, devices):
+            patch.setattr(module, "cupy", lambda: driver)
         patch.setattr(append_cuda, "upload", driver.upload)
         patch.setattr(append_cuda, "device_model", lambda device: DeviceModel(132, 90))
         patch.setattr(append_cuda, "_functions", {})

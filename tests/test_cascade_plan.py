@@ -228,7 +228,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         empty=empty, cuda=SimpleNamespace(runtime=SimpleNamespace(memsetAsync=memset))
     )
     monkeypatch.setattr(cascade_scratch, "cupy", lambda: module)
-    monkeypatch.setattr(cascade_scratch, "is_capturing", lambda stream: state[0])
+    monkeypatch.setattr(cascade_scratch, "is_recorded", lambda stream: state[0])
     monkeypatch.setattr(cascade_scratch.arrays, "device_id", lambda array: array.data.device_id)
     return state
 

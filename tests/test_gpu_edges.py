@@ -30,11 +30,11 @@ def without_maps(monkeypatch: pytest.MonkeyPatch) -> list[KernelConfig]:
     found: list[KernelConfig] = []
     original = DevicePlan.without_maps
 
-    def recorded(self: DevicePlan, config: KernelConfig) -> int:
+    def noted(self: DevicePlan, config: KernelConfig, recorded: bool) -> int:
         found.append(config)
-        return original(self, config)
+        return original(self, config, recorded)
 
-    monkeypatch.setattr(DevicePlan, "without_maps", recorded)
+    monkeypatch.setattr(DevicePlan, "without_maps", noted)
     return found
 
 

@@ -34,10 +34,9 @@ def graphed(kind: type, buffers: dict[str, Any] | None = None, **options: Any) -
 
 
 def record(machine: Machine, wrapper: Any, rows: int, pages: int = 5) -> None:
-    """As `run()` does where its stream captures, of a q of so many rows and a cache of pages."""
-    machine.capturing = True
-    wrapper._graph.note_run(machine.stream.ptr, rows, pages)
-    machine.capturing = False
+    """As `run()` does once its launches are recorded, of so many rows of q and pages."""
+    assert wrapper._plan.on_device(0).recordable
+    wrapper._graph.note_recorded(rows, pages)
 
 
 def launches_of(wrapper: Any) -> list[tuple[Any, ...]]:
@@ -273,7 +272,6 @@ def test_the_fewest_rows_and_pages_of_all_recorded_runs_count(machine: Machine) 
 def test_a_run_that_is_not_recorded_holds_nothing(machine: Machine) -> None:
     wrapper = graphed(Decode)
     wrapper.plan(**plan_arguments())
-    wrapper._graph.note_run(machine.stream.ptr, 3, 5)
     wrapper.plan(**plan_arguments(num_qo_heads=8))
     wrapper.reset_workspace_buffer(None)
 
@@ -308,14 +306,16 @@ def test_a_plan_whose_workspace_is_reset_is_not_recorded_and_lost(machine: Machi
     wrapper = graphed(Decode)
     wrapper.plan(**plan_arguments())
     wrapper.reset_workspace_buffer(None)
-    held = launches_of(wrapper)
-    try:
-        record(machine, wrapper, 3)
-    except RuntimeError:
-        machine.capturing = False  # refused, which is as good
-        return
+    machine.capturing = True
+    check_error(
+        RuntimeError,
+        "run() is being recorded in a CUDA graph after reset_workspace_buffer(): plan() before",
+        *(cuda.run, wrapper._plan.on_device(0), machine.stream.ptr),
+        *(*test_launch.tensors(), None, (1.0, 1.0, 1.0)),
+    )
+    machine.capturing = False
     wrapper.plan(**plan_arguments())
-    assert launches_of(wrapper) == held
+    assert wrapper._plan.on_device(0).recordable
 
 
 @both_kinds

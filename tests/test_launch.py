@@ -68,6 +68,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     found = Launches()
     module = SimpleNamespace(cuda=SimpleNamespace(driver=SimpleNamespace(launchKernel=found)))
     monkeypatch.setattr(cuda, "cupy", lambda: module)
+    monkeypatch.setattr(cuda, "is_recorded", lambda stream: False)
     return found
 
 
@@ -91,7 +92,7 @@ def plan_of(box_rows: int = 16, heads_first: bool = False) -> Any:
         page_shape=(PAGE_SIZE, HEADS, DIM),
         heads_first=heads_first,
         launches=(ReadyLaunch(33, config, 3, 128, 4096, box_rows, PLANNED, []),),
-        without_maps=lambda other: 44 if other is config else None,
+        without_maps=lambda other, recorded: 44 if other is config and not recorded else None,
     )
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from states import DTYPES, bits
 from test_compile import LOG, REGISTER_UNIT, REGISTERS, REPORT, SM_LIMITS
 
-from cupaged import kernels, merge_cuda
+from cupaged import devices, kernels, merge_cuda
 from cupaged.errors import BackendUnavailableError
 from cupaged.merge import States
 from cupaged.merge_cuda import KERNELS, MERGE_DTYPE, NUM_THREADS, MergeKernel, launch_shape
@@ -223,7 +223,8 @@ def standing_in() -> Iterator[Driver]:
     """A driver in the place of CUDA's."""
     driver = Driver()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge_cuda, "cupy", lambda: driver)
+        for module in (merge_cuda, devices):
+            patch.setattr(module, "cupy", lambda: driver)
         patch.setattr(merge_cuda, "device_model", lambda device: DeviceModel(132, 90))
         patch.setattr(merge_cuda, "_functions", {})
         patch.setattr(merge_cuda, "_spare", [])

@@ -62,6 +62,11 @@ def check(names: Names, out: np.ndarray, lse: np.ndarray | None = None) -> None:
             oracle.assert_lse_close(lse[rows], expected_lse, f"lse of request {r}")
 
 
+def on_host(x: Any) -> np.ndarray:
+    """A NumPy or CuPy array, on the host."""
+    return x if isinstance(x, np.ndarray) else x.get()
+
+
 def check_torch(names: Names, device: str) -> None:
     torch, out = names["torch"], names["out"]
     assert isinstance(out, torch.Tensor)
@@ -102,8 +107,14 @@ def test_the_jax_example_on_the_host() -> None:
         check_jax(run_example("jax.numpy"), "cpu")
 
 
-def test_the_life_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("on", ["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_the_life_of_a_request(monkeypatch: pytest.MonkeyPatch, on: str) -> None:
     """The last step, of the last layer, against the contiguous history of both that live."""
+    if on == "gpu":
+        example = EXAMPLES["cupaged"]
+        changed = example.replace("None, np.asarray", '"cuda", __import__("cupy").asarray')
+        assert changed != example
+        monkeypatch.setitem(EXAMPLES, "cupaged", changed)
     histories: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"a": [], "b": [], "c": []}
     append, fork = cupaged.PagedKVCache.append, cupaged.PagedKVCache.fork
 
@@ -112,7 +123,7 @@ def test_the_life_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
         if layer == 1:
             new = np.split(np.arange(len(k)), self.qo_indptr(requests)[1:-1])
             for request, mine in zip(requests, new, strict=True):
-                histories[request].append((k[mine], v[mine]))
+                histories[request].append((on_host(k)[mine], on_host(v)[mine]))
 
     def forked(self: Any, request: str, new: str) -> None:
         fork(self, request, new)
@@ -126,7 +137,7 @@ def test_the_life_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     for r, request in enumerate(names["living"]):
         k, v = (np.concatenate(half) for half in zip(*histories[request], strict=True))
         assert len(k) == 140
-        q, out = names["q"][r : r + 1], names["out"][r : r + 1]
+        q, out = (on_host(names[name])[r : r + 1] for name in ("q", "out"))
         expected, _ = oracle.attend(q, k, v, formula)
         plain = oracle.plain_same_dtype(q, k, v, formula)
         oracle.assert_close(out, expected, plain, np.ones(1, np.bool_), request)
