@@ -165,6 +165,8 @@ def get_batch_indices_positions(
         An argument is of the wrong kind or has a wrong value; names it and the request.
     NotImplementedError
         A CUDA graph is being captured.
+    BackendUnavailableError
+        Device arrays without a GPU or NVRTC that serve them.
 
     Notes
     -----
@@ -216,6 +218,8 @@ def get_seq_lens(kv_indptr: Any, kv_last_page_len: Any, page_size: int) -> Any:
         An argument is of the wrong kind or has a wrong value; names it and the request.
     NotImplementedError
         A CUDA graph is being captured.
+    BackendUnavailableError
+        Device arrays without a GPU or NVRTC that serve them.
 
     Notes
     -----

@@ -52,14 +52,14 @@ class PagedKVCache:
     NotImplementedError
         A dtype that no backend serves.
     BackendUnavailableError
-        A CUDA device is asked for, and CuPy, NVRTC or a GPU is missing.
+        A CUDA device without CuPy, NVRTC or a GPU.
 
     Notes
     -----
-    A request is known by an id of the caller's choice, which can be whatever is hashable. `len()`,
-    `in` and iteration are over requests. A call that raises has changed nothing. Page numbers
-    and lengths are kept on the host, and no call waits for a device; pages are written on the
-    stream of the framework that the cache's arrays are of. Not thread-safe.
+    A request is known by an id of the caller's choice, whatever is hashable. `len()`, `in` and
+    iteration are over requests. A call that raises has changed nothing. Page numbers and lengths
+    are on the host, and no call waits for a device; pages are written on the stream of the
+    framework that the cache's arrays are of. Not thread-safe.
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class PagedKVCache:
         TypeError, ValueError
             No hashable id, or one that is in the cache; no such length.
         OutOfPagesError
+            There are too few free pages for `length` tokens.
         """
         self._check_new(request, "request")
         count = validate_cache.count(length, "length", request)
@@ -169,7 +170,7 @@ class PagedKVCache:
         Parameters
         ----------
         request : hashable, or list of hashable
-            A request; or a list of them, of which all are extended or none.
+            Of a list, all are extended or none.
         n : int, or sequence of int
             Tokens for each.
 
@@ -180,7 +181,7 @@ class PagedKVCache:
         RuntimeError
             The tokens of an earlier call have been appended at some layers and not at others.
         OutOfPagesError
-            There are too few free pages, for any of them.
+            There are too few free pages for all of them.
         """
         if isinstance(request, list):
             found = self._find(request)
@@ -196,25 +197,26 @@ class PagedKVCache:
         self._copy(self._pool.extend(found, counts, "extend()"))
 
     def append(self, requests: Iterable[Hashable], k: Any, v: Any, layer: int = 0) -> None:
-        """Write keys and values of the new tokens of requests at a layer.
-
-        The new tokens are those that `extend()` added, or `add()` with a length.
+        """Write keys and values of the tokens that `extend()` or `add()` added, at a layer.
 
         Parameters
         ----------
         requests : iterable of hashable
             Each with new tokens that are not yet written at this layer, and once.
         k, v : array [nnz, num_kv_heads, head_dim]
-            A row for each new token, request after request, in the order of `requests`: as q has
-            them. Of the cache's dtype, and where the cache is.
+            A row for each new token, in the order of `requests`, as q has them. Of the cache's
+            dtype, and where the cache is.
         layer : int
 
         Raises
         ------
         TypeError, ValueError
-            A request that is not in the cache, or twice; no such layer; an array that doesn't fit.
+            A request that is not in the cache, or twice; no such layer; an array that doesn't
+            fit; a CUDA graph is being captured.
         RuntimeError
             A request has no new tokens at this layer.
+        BackendUnavailableError
+            Device arrays without a GPU or NVRTC that serve them.
         """
         index = validate_cache.layer(layer, self.num_layers)
         step = self._step_of(requests)
@@ -239,8 +241,16 @@ class PagedKVCache:
     def mark_appended(self, requests: Iterable[Hashable]) -> None:
         """Count the new tokens of requests as written at every layer.
 
-        For keys and values that come into the arrays by other means than `append()`, such as a
-        kernel of the caller's own or a CUDA graph.
+        For what is written by other means than `append()`: the caller's own kernel, a CUDA graph.
+
+        Parameters
+        ----------
+        requests : iterable of hashable
+
+        Raises
+        ------
+        TypeError, ValueError
+            A request that is not in the cache.
         """
         found = self._find(requests)
         self._end_step()
@@ -250,13 +260,18 @@ class PagedKVCache:
     def fork(self, request: Hashable, new: Hashable) -> None:
         """Begin a request with the same tokens as another has.
 
-        Full pages are shared; a part-filled last page is copied, at every layer, so that both
-        can go on from there.
+        Full pages are shared; a part-filled last one is copied at every layer: both can go on.
+
+        Parameters
+        ----------
+        request : hashable
+        new : hashable
+            The id of the new one.
 
         Raises
         ------
         TypeError, ValueError
-            `request` is not in the cache, or `new` is.
+            `request` is not in the cache; `new` is, or is not hashable.
         RuntimeError
             `request` has new tokens that are not yet appended.
         OutOfPagesError
@@ -274,10 +289,16 @@ class PagedKVCache:
     def truncate(self, request: Hashable, length: int) -> None:
         """Keep the first `length` tokens of a request; pages beyond them are given back.
 
+        Parameters
+        ----------
+        request : hashable
+        length : int
+            0 to the request's own.
+
         Raises
         ------
         TypeError, ValueError
-            A request that is not in the cache, or a length beyond its own.
+            A request that is not in the cache; no such length.
         """
         found = self._find_one(request)
         kept = validate_cache.count(length, "length", request)
@@ -291,10 +312,14 @@ class PagedKVCache:
     def free(self, request: Hashable) -> None:
         """End a request; pages that no other one holds are given back.
 
+        Parameters
+        ----------
+        request : hashable
+
         Raises
         ------
         TypeError, ValueError
-            The request is not in the cache.
+            A request that is not in the cache.
         """
         found = self._find_one(request)
         self._end_step()
@@ -304,22 +329,76 @@ class PagedKVCache:
     # What there is
 
     def length(self, request: Hashable) -> int:
-        """Tokens of a request."""
+        """Tokens of a request.
+
+        Parameters
+        ----------
+        request : hashable
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        TypeError, ValueError
+            A request that is not in the cache.
+        """
         return self._find_one(request).length
 
     def lengths(self, requests: Iterable[Hashable]) -> IntArray:
-        """Tokens of each request, int32 [batch]."""
+        """Tokens of each request.
+
+        Parameters
+        ----------
+        requests : iterable of hashable
+
+        Returns
+        -------
+        int32 [batch]
+
+        Raises
+        ------
+        TypeError, ValueError
+            A request that is not in the cache.
+        """
         return page_tables.lengths(self._find(requests))
 
     def qo_indptr(self, requests: Iterable[Hashable]) -> IntArray:
-        """Where the new tokens of each request begin among them all, int32 [batch + 1].
+        """Where the new tokens of each request begin among them all.
 
-        The new tokens are those that the last step added: the rows that `append()` takes, and q's.
+        Parameters
+        ----------
+        requests : iterable of hashable
+
+        Returns
+        -------
+        int32 [batch + 1]
+            New are those of the last step: the rows that `append()` takes, and q's.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A request that is not in the cache.
         """
         return page_tables.indptr(page_tables.new_lengths(self._find(requests)))
 
     def positions(self, requests: Iterable[Hashable]) -> IntArray:
-        """The position of every new token in its request, int32 [nnz]: for RoPE."""
+        """The position of every new token in its request: for RoPE.
+
+        Parameters
+        ----------
+        requests : iterable of hashable
+
+        Returns
+        -------
+        int32 [nnz]
+
+        Raises
+        ------
+        TypeError, ValueError
+            A request that is not in the cache.
+        """
         return page_tables.positions(self._find(requests))
 
     def plan_args(self, requests: Iterable[Hashable]) -> PlanArgs:
@@ -328,10 +407,19 @@ class PagedKVCache:
         `decode.plan(*cache.plan_args(requests), ...)`, or
         `prefill.plan(cache.qo_indptr(requests), *cache.plan_args(requests), ...)`.
 
+        Parameters
+        ----------
+        requests : iterable of hashable
+
         Returns
         -------
         PlanArgs
             `(paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)`, copies.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A request that is not in the cache.
         """
         return page_tables.plan_args(self._find(requests), self.page_size)
 
@@ -340,13 +428,19 @@ class PagedKVCache:
 
         Parameters
         ----------
+        requests : iterable of hashable
         fill : int
-            What stands behind a request's pages. The default is a page that exists: some kernels
-            fetch it, though they make no use of it.
+            What stands behind a request's pages. By default a page that exists, since some
+            kernels fetch it without using it.
 
         Returns
         -------
         int32 [batch, pages of the longest]
+
+        Raises
+        ------
+        TypeError, ValueError
+            A request that is not in the cache; `fill` is no int32.
         """
         return page_tables.block_table(self._find(requests), validate_cache.fill(fill))
 
