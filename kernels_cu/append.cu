@@ -103,8 +103,14 @@ __device__ __forceinline__ Slot find(const Slots& slots, int row) {
 #endif
 }
 
+// Nobody reads the source again soon: let it be the first to leave the caches.
 __device__ __forceinline__ Unit load(const char* source) {
-    return *reinterpret_cast<const Unit*>(source);
+#if CUPAGED_UNIT_BYTES == 16
+    const uint4 unit = __ldcs(reinterpret_cast<const uint4*>(source));
+    return {unit.x, unit.y, unit.z, unit.w};
+#else
+    return __ldcs(reinterpret_cast<const Unit*>(source));
+#endif
 }
 
 __device__ __forceinline__ void store(char* target, Unit unit) {
