@@ -18,7 +18,7 @@ from cupaged.cascade_scratch import GraphScratch, refuse_capture, scratch
 from cupaged.errors import CupagedWarning
 from cupaged.merge import States
 from cupaged.merging import merge_where_they_are
-from cupaged.paged_attention import _import_cache, dtype_names
+from cupaged.paged_attention import dtype_names, import_cache
 from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
 from cupaged.spec import DTYPES, AttentionSpec
 from cupaged.validate_cascade import Level, of_level
@@ -239,7 +239,7 @@ rope_theta
         validate.pos_encoding_mode(pos_encoding_mode)
         spec = validate.attention_spec(
             *(num_qo_heads, num_kv_heads, head_dim, None, page_size, causal, sm_scale),
-            *(dtype_names(q_data_type, kv_data_type, None), self._wrappers[0]._kv_layout),
+            *(dtype_names(q_data_type, kv_data_type, None), self._wrappers[0].kv_layout),
             "head_dim",
         )
         given = [
@@ -259,7 +259,7 @@ rope_theta
         mistakes = validate_cascade.mistakes(levels, spec.causal)
         for mistake in mistakes:
             warnings.warn(mistake, CupagedWarning, stacklevel=2)
-        device, stream = self._wrappers[0]._planning_place(tuple(x for xs in given for x in xs))
+        device, stream = self._wrappers[0].planning_place(tuple(x for xs in given for x in xs))
         with arrays.on(device, stream), warnings.catch_warnings() if mistakes else nullcontext():
             if mistakes:
                 warnings.simplefilter("ignore", CupagedWarning)
@@ -339,7 +339,7 @@ rope_theta
             raise RuntimeError(self._why_no_plan)
         spec, levels = planned.spec, planned.levels
         queries = arrays.import_tensor(q, "q")
-        cache = _import_cache(paged_kv_cache, q)
+        cache = import_cache(paged_kv_cache, q)
         keys, values, num_pages = validate_run.cache(cache, spec)
         num_rows = validate_run.query(
             *(queries, spec, planned.num_rows, _ROWS_ARE, "head_dim"),

@@ -194,7 +194,7 @@ seq_lens
             q_len_per_req > 1,
             sm_scale,
             dtype_names(q_data_type, kv_data_type, o_data_type),
-            self._kv_layout,
+            self.kv_layout,
             self._head_dim_name,
         )
         lengths = validate_lengths.decode_lengths(

@@ -47,7 +47,7 @@ class PagedAttention:
         backend: str,
         graph_buffers: GraphBuffers | None,
     ) -> None:
-        self._kv_layout = cast(KVLayout, validate.choice(kv_layout, "kv_layout", ("NHD", "HND")))
+        self.kv_layout = cast(KVLayout, validate.choice(kv_layout, "kv_layout", ("NHD", "HND")))
         self._backend = cast(
             backend_room.Backend, validate.choice(backend, "backend", backend_room.BACKENDS)
         )
@@ -128,7 +128,7 @@ class PagedAttention:
             arrays.import_index(indices, names.indices), lengths, names
         )
         validate_lengths.warn_of_mistakes(spec, lengths, pages, highest, names)
-        device, stream = self._planning_place(index_arrays)
+        device, stream = self.planning_place(index_arrays)
         splits = (fixed_split_size, disable_split_kv)
         if device is not None:
             backend_room.refuse_recording(stream)
@@ -141,7 +141,7 @@ class PagedAttention:
                 with arrays.on(device, stream):
                     placed = plan.on_device(device)
         else:
-            assert device is not None  # which _planning_place() has seen to
+            assert device is not None  # which planning_place() has seen to
             with arrays.on(device, stream):
                 plan = self._graph.plan(
                     *(spec, lengths, pages, highest, splits),
@@ -152,7 +152,7 @@ class PagedAttention:
             placed.wait()
         self._plan = plan
 
-    def _planning_place(self, index_arrays: tuple[Any, ...]) -> tuple[int | None, int]:
+    def planning_place(self, index_arrays: tuple[Any, ...]) -> tuple[int | None, int]:
         """The CUDA device to plan for, None for the host, and the stream to upload on.
 
         Those of the workspace or of an index array; where all are on the host, the current ones.
@@ -206,7 +206,7 @@ class PagedAttention:
             raise RuntimeError("run() before plan()")
         spec = plan.schedule.spec
         queries = arrays.import_tensor(q, "q")
-        keys, values, num_pages = validate_run.cache(_import_cache(paged_kv_cache, q), spec)
+        keys, values, num_pages = validate_run.cache(import_cache(paged_kv_cache, q), spec)
         num_rows = validate_run.query(
             *(queries, spec, plan.nnz_qo, self._rows_are, self._head_dim_name),
             more=self._graph is not None,
@@ -285,7 +285,7 @@ def dtype_names(q: Any, kv: Any, o: Any) -> tuple[str, str, str]:
     )
 
 
-def _import_cache(paged_kv_cache: Any, q: Any) -> Any:
+def import_cache(paged_kv_cache: Any, q: Any) -> Any:
     """K and V, or both stacked, ordered behind what is pending on their owners' streams."""
     if isinstance(paged_kv_cache, tuple | list):
         if len(paged_kv_cache) != 2:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from typing import Any, cast
 
-from cupaged import arrays, page_arrays, page_tables, validate, validate_cache
+from cupaged import arrays, page_arrays, validate, validate_cache
 from cupaged.page import append_paged_kv_cache
-from cupaged.page_pool import EVERY_LAYER, Copies, IntArray, PagePool, Request, counted
-from cupaged.page_tables import PlanArgs, Step
+from cupaged.page_pool import EVERY_LAYER, Copies, PagePool, Request, counted
+from cupaged.page_tables import Step
+from cupaged.request_book import RequestBook
 from cupaged.spec import SERVED_DTYPES, AttentionSpec, KVLayout
 
 
-class PagedKVCache:
+class PagedKVCache(RequestBook):
     """Keys and values of many requests in pages, and the bookkeeping of whose they are.
 
     A step of a model is `extend()` once a request, which counts the new tokens and finds them
@@ -76,7 +77,7 @@ class PagedKVCache:
         caches: Any = None,
     ) -> None:
         self.num_pages = validate.positive_int(num_pages, "num_pages")
-        self.page_size = validate.positive_int(page_size, "page_size")
+        super().__init__(validate.positive_int(page_size, "page_size"))
         self.num_kv_heads = validate.positive_int(num_kv_heads, "num_kv_heads")
         self.head_dim = validate.positive_int(head_dim, "head_dim")
         self.dtype = arrays.dtype_name(dtype, "dtype")
@@ -104,7 +105,6 @@ class PagedKVCache:
             self._arrays = page_arrays.wrap(caches, spec, self.num_pages, self.num_layers)
         self.layers = self._arrays.layers
         self._pool = PagePool(self.num_pages, self.page_size)
-        self._requests: dict[Hashable, Request] = {}
         self._step: Step | None = None
         self._beside: Any = _beside(self.layers[0][0])
 
@@ -115,20 +115,6 @@ class PagedKVCache:
             f"{counted(self.num_layers, 'layer')} of {self.num_kv_heads} KV heads, "
             f"head_dim {self.head_dim}, {self.dtype}, {self.layout}>"
         )
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __contains__(self, request: object) -> bool:
-        return request in self._requests
-
-    def __iter__(self) -> Iterator[Hashable]:
-        return iter(self._requests)
-
-    @property
-    def requests(self) -> list[Hashable]:
-        """The requests that are in the cache, in the order in which they came."""
-        return list(self._requests)
 
     @property
     def num_free_pages(self) -> int:
@@ -328,146 +314,7 @@ class PagedKVCache:
 
     # What there is
 
-    def length(self, request: Hashable) -> int:
-        """Tokens of a request.
-
-        Parameters
-        ----------
-        request : hashable
-
-        Returns
-        -------
-        int
-
-        Raises
-        ------
-        TypeError, ValueError
-            A request that is not in the cache.
-        """
-        return self._find_one(request).length
-
-    def lengths(self, requests: Iterable[Hashable]) -> IntArray:
-        """Tokens of each request.
-
-        Parameters
-        ----------
-        requests : iterable of hashable
-
-        Returns
-        -------
-        int32 [batch]
-
-        Raises
-        ------
-        TypeError, ValueError
-            A request that is not in the cache.
-        """
-        return page_tables.lengths(self._find(requests))
-
-    def qo_indptr(self, requests: Iterable[Hashable]) -> IntArray:
-        """Where the new tokens of each request begin among them all.
-
-        Parameters
-        ----------
-        requests : iterable of hashable
-
-        Returns
-        -------
-        int32 [batch + 1]
-            New are those of the last step: the rows that `append()` takes, and q's.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A request that is not in the cache.
-        """
-        return page_tables.indptr(page_tables.new_lengths(self._find(requests)))
-
-    def positions(self, requests: Iterable[Hashable]) -> IntArray:
-        """The position of every new token in its request: for RoPE.
-
-        Parameters
-        ----------
-        requests : iterable of hashable
-
-        Returns
-        -------
-        int32 [nnz]
-
-        Raises
-        ------
-        TypeError, ValueError
-            A request that is not in the cache.
-        """
-        return page_tables.positions(self._find(requests))
-
-    def plan_args(self, requests: Iterable[Hashable]) -> PlanArgs:
-        """Page table of requests, as `plan()` takes it.
-
-        `decode.plan(*cache.plan_args(requests), ...)`, or
-        `prefill.plan(cache.qo_indptr(requests), *cache.plan_args(requests), ...)`.
-
-        Parameters
-        ----------
-        requests : iterable of hashable
-
-        Returns
-        -------
-        PlanArgs
-            `(paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)`, copies.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A request that is not in the cache.
-        """
-        return page_tables.plan_args(self._find(requests), self.page_size)
-
-    def block_table(self, requests: Iterable[Hashable], fill: int = 0) -> IntArray:
-        """Page table of requests, a row each.
-
-        Parameters
-        ----------
-        requests : iterable of hashable
-        fill : int
-            What stands behind a request's pages. By default a page that exists, since some
-            kernels fetch it without using it.
-
-        Returns
-        -------
-        int32 [batch, pages of the longest]
-
-        Raises
-        ------
-        TypeError, ValueError
-            A request that is not in the cache; `fill` is no int32.
-        """
-        return page_tables.block_table(self._find(requests), validate_cache.fill(fill))
-
     # How it is done
-
-    def _find_one(self, request: Hashable) -> Request:
-        try:
-            return self._requests[request]
-        except KeyError:
-            raise ValueError(f"request {request!r} is not in the cache") from None
-        except TypeError:
-            raise validate_cache.unhashable(request, "request") from None
-
-    def _find(self, requests: Iterable[Hashable]) -> list[Request]:
-        ids, known = validate_cache.ids(requests), self._requests
-        try:
-            return [known[request] for request in ids]
-        except (KeyError, TypeError):
-            return [self._find_one(request) for request in ids]  # which says what is wrong
-
-    def _check_new(self, request: Hashable, name: str) -> None:
-        try:
-            known = request in self._requests
-        except TypeError:
-            raise validate_cache.unhashable(request, name) from None
-        if known:
-            raise ValueError(f"{name} = {request!r} is in the cache, expected an id that is not")
 
     def _step_of(self, requests: Iterable[Hashable]) -> Step:
         """The step of these requests: the present one, where the last call was for the same."""

@@ -210,7 +210,7 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
             causal,
             sm_scale,
             dtype_names(q_data_type, kv_data_type, o_data_type),
-            self._kv_layout,
+            self.kv_layout,
             self._head_dim_name,
         )
         lengths = validate_lengths.lengths(

@@ -13,7 +13,7 @@ from cupaged import arrays, validate_lengths
 from cupaged.schedule import Lengths
 from cupaged.spec import AttentionSpec
 from cupaged.validate import what
-from cupaged.validate_lengths import PREFILL_NAMES, _and_others, _entries
+from cupaged.validate_lengths import PREFILL_NAMES, and_others, count_entries
 
 IntArray = npt.NDArray[np.int32]
 
@@ -65,7 +65,7 @@ def one_each(values: Any, name: str, num_levels: int) -> Sequence[Any]:
         raise TypeError(f"{name} is {what(values)}, expected a list: one entry for each level")
     if len(values) != num_levels:
         raise ValueError(
-            f"{name} has {_entries(len(values))}, expected {num_levels}: one for each level"
+            f"{name} has {count_entries(len(values))}, expected {num_levels}: one for each level"
         )
     return values
 
@@ -125,7 +125,7 @@ def mistakes(levels: Sequence[Level], causal: bool) -> list[str]:
             qo_len, kv_len = int(lengths.qo_len[r]), int(lengths.kv_len[r])
             found.append(
                 f"level {last}: request {r} has {qo_len} queries and {kv_len} keys"
-                f"{_and_others(len(short) - 1)}: with causal=True its first {qo_len - kv_len} rows "
+                f"{and_others(len(short) - 1)}: with causal=True its first {qo_len - kv_len} rows "
                 "see none of them, and all keys of the other levels. Are the queries' own keys in "
                 "the last level, and counted in its paged_kv_indptr and paged_kv_last_page_len?"
             )
@@ -162,7 +162,7 @@ def _repeated(levels: Sequence[Level], above: int, number: int) -> list[str]:
     if not repeated.any():
         return []
     i = int(repeated.argmax())
-    others = _and_others(len(np.unique(request[repeated])) - 1)
+    others = and_others(len(np.unique(request[repeated])) - 1)
     tail = (
         "Was another page meant in paged_kv_indices?"
         if above == number

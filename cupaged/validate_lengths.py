@@ -43,7 +43,7 @@ PREFILL_NAMES = Names(
 DECODE_NAMES = Names("indptr", "indices", "last_page_len", "")
 
 
-def _indptr(indptr: HostIndex, name: str) -> tuple[IntArray, IntArray]:
+def check_indptr(indptr: HostIndex, name: str) -> tuple[IntArray, IntArray]:
     """Check an indptr array; a copy of its values, and their differences."""
     if indptr.ndim != 1 or len(indptr) == 0:
         raise ValueError(f"{name} has shape {indptr.shape}, expected (batch + 1,)")
@@ -86,12 +86,12 @@ def lengths(
     ValueError
         Names the array, the request, what was expected and what came.
     """
-    qo, qo_len = _indptr(qo_indptr, "qo_indptr")
-    kv, pages = _indptr(paged_kv_indptr, "paged_kv_indptr")
+    qo, qo_len = check_indptr(qo_indptr, "qo_indptr")
+    kv, pages = check_indptr(paged_kv_indptr, "paged_kv_indptr")
     if len(qo) != len(kv):
         raise ValueError(
-            f"paged_kv_indptr has {_entries(len(kv))}, expected {len(qo)} = batch + 1: "
-            f"qo_indptr has {_entries(len(qo))}"
+            f"paged_kv_indptr has {count_entries(len(kv))}, expected {len(qo)} = batch + 1: "
+            f"qo_indptr has {count_entries(len(qo))}"
         )
     if int(qo[-1]) * spec.num_qo_heads > _MAX_ROWS:
         raise ValueError(
@@ -106,11 +106,11 @@ def decode_lengths(
     indptr: HostIndex, last_page_len: HostIndex, q_len_per_req: int, spec: AttentionSpec
 ) -> Lengths:
     """As `lengths()`, of requests with `q_len_per_req` query rows each."""
-    kv, pages = _indptr(indptr, "indptr")
+    kv, pages = check_indptr(indptr, "indptr")
     batch = len(pages)
     if batch * q_len_per_req * spec.num_qo_heads > _MAX_ROWS:
         raise ValueError(
-            f"indptr has {_entries(batch + 1)}, {batch} requests of q_len_per_req = "
+            f"indptr has {count_entries(batch + 1)}, {batch} requests of q_len_per_req = "
             f"{q_len_per_req} rows of {spec.num_qo_heads} heads, "
             f"expected at most {_MAX_ROWS} rows times heads in a call"
         )
@@ -132,7 +132,7 @@ def _kv_len(
     if last.shape != (batch,):
         raise ValueError(
             f"{names.last_page_len} has shape {last.shape}, "
-            f"expected ({batch},): {counted_by} has {_entries(batch + 1)}"
+            f"expected ({batch},): {counted_by} has {count_entries(batch + 1)}"
         )
     if batch == 0:
         return pages
@@ -183,7 +183,7 @@ def page_indices(indices: HostIndex, lengths: Lengths, names: Names) -> tuple[In
         raise ValueError(f"{names.indices} has shape {indices.shape}, expected one axis")
     if len(indices) < needed:
         raise ValueError(
-            f"{names.indices} has {_entries(len(indices))}, "
+            f"{names.indices} has {count_entries(len(indices))}, "
             f"expected at least {needed} = {names.indptr}[-1]"
         )
     if needed == 0:
@@ -225,7 +225,7 @@ def warn_of_mistakes(
             r = int(short.argmax())
             qo_len, kv_len = int(lengths.qo_len[r]), int(lengths.kv_len[r])
             warnings.warn(
-                f"request {r} has {qo_len} queries and {kv_len} keys{_and_others(count - 1)}: "
+                f"request {r} has {qo_len} queries and {kv_len} keys{and_others(count - 1)}: "
                 f"{names.why_causal}its first {qo_len - kv_len} rows see no key, and will be 0. "
                 "Were the new keys and values appended to the cache, and counted in "
                 f"{names.indptr} and {names.last_page_len}?",
@@ -259,7 +259,7 @@ def _warn_of_repeated_pages(
     begin = int(lengths.paged_kv_indptr[r])
     warnings.warn(
         f"request {r} has page {indices[first]} twice, as its pages {first - begin} and "
-        f"{again - begin}{_and_others(others)}: its keys will be attended to twice. Was another "
+        f"{again - begin}{and_others(others)}: its keys will be attended to twice. Was another "
         f"page meant in {names.indices}?",
         CupagedWarning,
         stacklevel=_PLANS_CALLER + 1,
@@ -272,10 +272,10 @@ def _page(indices: HostIndex, i: int, lengths: Lengths, names: Names) -> str:
     return f"{names.indices}[{i}] = {indices[i]} (request {r}, its page {place})"
 
 
-def _and_others(count: int) -> str:
+def and_others(count: int) -> str:
     return f" (and {count} more requests like it)" if count else ""
 
 
-def _entries(count: int) -> str:
+def count_entries(count: int) -> str:
     """A count of entries in words."""
     return f"{count} entry" if count == 1 else f"{count} entries"

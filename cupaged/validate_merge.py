@@ -8,7 +8,7 @@ import numpy as np
 
 from cupaged import arrays
 from cupaged.spec import DTYPES
-from cupaged.validate_run import _check_last_axis, _dtype_words, place
+from cupaged.validate_run import check_last_axis, place, words_of_dtype
 
 #: What is merged, by name.
 _SERVED = ("float16", "bfloat16", "float32")
@@ -47,13 +47,13 @@ def state(v: Any, s: Any, v_name: str, s_name: str, axes: tuple[str, ...]) -> in
     if shape[-1] == 0:
         raise ValueError(f"{v_name} has shape {shape}, expected a head_dim of at least 1")
     if v.dtype not in _SERVED_DTYPES:
-        raise TypeError(f"{v_name} is {_dtype_words(v)}, expected one of {', '.join(_SERVED)}")
+        raise TypeError(f"{v_name} is {words_of_dtype(v)}, expected one of {', '.join(_SERVED)}")
     if shape[0] * shape[-2] > _MAX_PLACES:
         raise ValueError(
             f"{v_name} has {shape[0]} rows of {shape[-2]} heads, "
             f"expected at most {_MAX_PLACES} rows times heads in a call"
         )
-    _check_last_axis(v, v_name)
+    check_last_axis(v, v_name)
     device = arrays.device_id(v)
     expected = f"{shape[:-1]} = ({', '.join(axes[:-1])})"
     _check(s, s_name, shape[:-1], expected, DTYPES["float32"], "float32", device, v_name)
@@ -68,7 +68,7 @@ def other(v: Any, s: Any, v_name: str, s_name: str, first: Any, first_name: str)
         *(v, v_name, shape, f"{shape} {as_first} has", first.dtype),
         *(f"{first.dtype.name} {as_first} is", device, first_name),
     )
-    _check_last_axis(v, v_name)
+    check_last_axis(v, v_name)
     expected = f"{shape[:-1]} = (seq_len, num_heads)"
     _check(s, s_name, shape[:-1], expected, DTYPES["float32"], "float32", device, first_name)
 
@@ -78,7 +78,7 @@ def mask(array: Any, v: Any) -> None:
     if array.shape != v.shape[:1]:
         raise ValueError(f"mask has shape {array.shape}, expected {v.shape[:1]} = (seq_len,)")
     if array.dtype not in _MASK_DTYPES:
-        raise TypeError(f"mask is {_dtype_words(array)}, expected bool or uint8")
+        raise TypeError(f"mask is {words_of_dtype(array)}, expected bool or uint8")
     _check_device(array, "mask", arrays.device_id(v), "v")
 
 
@@ -124,7 +124,7 @@ def _check(
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape_words}")
     if array.dtype != dtype:
-        raise TypeError(f"{name} is {_dtype_words(array)}, expected {dtype_words}")
+        raise TypeError(f"{name} is {words_of_dtype(array)}, expected {dtype_words}")
     _check_device(array, name, device, beside)
 
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from cupaged import arrays
 from cupaged.spec import KVLayout
 from cupaged.validate import what
-from cupaged.validate_lengths import _entries, _indptr
-from cupaged.validate_run import _check_last_axis, _dtype_words, place
+from cupaged.validate_lengths import check_indptr, count_entries
+from cupaged.validate_run import check_last_axis, place, words_of_dtype
 
 HostIndex = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int32]
@@ -102,10 +102,12 @@ def elements(tensors: tuple[tuple[str, Any], ...], device: int | None) -> None:
     for name, tensor in tensors:
         found = tensor.dtype
         if found is not dtype and found != dtype:
-            expected = _dtype_words(tensors[0][1])
-            raise TypeError(f"{name} is {_dtype_words(tensor)}, expected {expected} as {_CACHE} is")
+            expected = words_of_dtype(tensors[0][1])
+            raise TypeError(
+                f"{name} is {words_of_dtype(tensor)}, expected {expected} as {_CACHE} is"
+            )
         if tensor.strides[-1] != dtype.itemsize and tensor.shape[-1] > 1:
-            _check_last_axis(tensor, name)
+            check_last_axis(tensor, name)
         if arrays.device_id(tensor) != device:
             raise ValueError(
                 f"{name} is on {place(arrays.device_id(tensor))}, "
@@ -170,7 +172,7 @@ def index_shapes(
 def _last_page_len_words(last: Any, entries: int) -> str:
     return (
         f"kv_last_page_len has shape {last.shape}, expected ({entries - 1},): "
-        f"kv_indptr has {_entries(entries)}"
+        f"kv_indptr has {count_entries(entries)}"
     )
 
 
@@ -185,7 +187,7 @@ def request_lengths(
         A copy.
     kv_len : int32 [batch]
     """
-    indptr, pages = _indptr(kv_indptr, "kv_indptr")
+    indptr, pages = check_indptr(kv_indptr, "kv_indptr")
     last = kv_last_page_len
     if last.shape != pages.shape:
         raise ValueError(_last_page_len_words(last, len(indptr)))
@@ -212,7 +214,7 @@ def page_table(kv_indices: HostIndex, kv_indptr: IntArray) -> None:
     """Check that the page table holds the pages of every request."""
     if len(kv_indices) < kv_indptr[-1]:
         raise ValueError(
-            f"kv_indices has {_entries(len(kv_indices))}, "
+            f"kv_indices has {count_entries(len(kv_indices))}, "
             f"expected at least {kv_indptr[-1]} = kv_indptr[-1]"
         )
 
@@ -224,7 +226,7 @@ def batch_indices(values: HostIndex, batch: int) -> None:
         expected = f"0..{batch - 1}, or -1 for padding" if batch else "-1, padding"
         raise ValueError(
             f"batch_indices[{i}] = {values[i]}, expected {expected}: "
-            f"kv_indptr has {_entries(batch + 1)}"
+            f"kv_indptr has {count_entries(batch + 1)}"
         )
 
 
@@ -328,11 +330,11 @@ def append_lengths(
     counts : int32 [batch]
         Its differences.
     """
-    indptr, counts = _indptr(append_indptr, "append_indptr")
+    indptr, counts = check_indptr(append_indptr, "append_indptr")
     if seq_lens.shape != counts.shape:
         raise ValueError(
             f"seq_lens has shape {seq_lens.shape}, expected ({len(counts)},): "
-            f"append_indptr has {_entries(len(indptr))}"
+            f"append_indptr has {count_entries(len(indptr))}"
         )
     wrong = (seq_lens < counts) | (seq_lens > _MAX_INT)
     if np.count_nonzero(wrong):
@@ -358,6 +360,6 @@ def given_index(array: Any, name: str, nnz: int) -> None:
     if array.shape != (nnz,):
         raise ValueError(f"{name} has shape {array.shape}, expected ({nnz},)")
     if array.dtype != _INT32:
-        raise TypeError(f"{name} is {_dtype_words(array)}, expected int32")
+        raise TypeError(f"{name} is {words_of_dtype(array)}, expected int32")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} is not contiguous, expected one piece of memory")

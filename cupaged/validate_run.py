@@ -75,15 +75,15 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
 def _check_elements(array: Any, spec: AttentionSpec, name: str, argument: str) -> None:
     """Check the dtype of an array, and that its elements lie one behind the other."""
     if array.dtype != DTYPES[spec.dtype]:
-        raise TypeError(f"{name} is {_dtype_words(array)}, expected {argument} = {spec.dtype}")
-    _check_last_axis(array, name)
+        raise TypeError(f"{name} is {words_of_dtype(array)}, expected {argument} = {spec.dtype}")
+    check_last_axis(array, name)
 
 
-def _dtype_words(array: Any) -> str:
+def words_of_dtype(array: Any) -> str:
     return str(array.dtype.name) + ("" if array.dtype.isnative else " in foreign byte order")
 
 
-def _check_last_axis(array: Any, name: str) -> None:
+def check_last_axis(array: Any, name: str) -> None:
     stride, itemsize = array.strides[-1], array.dtype.itemsize
     if stride != itemsize and array.size:
         raise ValueError(
@@ -121,12 +121,12 @@ def given(
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
     if array.dtype != dtype:
-        raise TypeError(f"{name} is {_dtype_words(array)}, expected {dtype.name}")
+        raise TypeError(f"{name} is {words_of_dtype(array)}, expected {dtype.name}")
     found = arrays.device_id(array)
     if found != device:
         raise ValueError(f"{name} is on {place(found)}, expected {place(device)} as q is")
     if name == "out":
-        _check_last_axis(array, name)
+        check_last_axis(array, name)
 
 
 def one_device(q: Any, k: Any, v: Any) -> int | None:

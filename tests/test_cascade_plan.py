@@ -92,14 +92,14 @@ class LevelStandIn:
     """A level's wrapper, which remembers what it was given."""
 
     is_cuda_graph_enabled = True
-    _kv_layout = "NHD"
+    kv_layout = "NHD"
 
     def __init__(self, workspace: Any, **options: Any) -> None:
         self.workspace, self.options = workspace, options
         self.plans: list[tuple[Any, ...]] = []
         self.fails = False
 
-    def _planning_place(self, index_arrays: tuple[Any, ...]) -> tuple[None, int]:
+    def planning_place(self, index_arrays: tuple[Any, ...]) -> tuple[None, int]:
         return None, 0
 
     def plan(self, *arguments: Any, **options: Any) -> None:
@@ -127,7 +127,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cascade_room, "GraphScratch", ScratchStandIn)
     monkeypatch.setattr(cascade_room.arrays, "on", lambda device, stream: warnings.catch_warnings())
     place = lambda self, index_arrays: (0, 7)  # noqa: E731
-    monkeypatch.setattr(LevelStandIn, "_planning_place", place)
+    monkeypatch.setattr(LevelStandIn, "planning_place", place)
     monkeypatch.setattr(cascade_room.merge_cuda, "load", lambda *arguments: 1)
 
 
