@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -39,6 +40,8 @@ class PagedAttention:
     _names: ClassVar[Names]
     _rows_are: ClassVar[str]
     _head_dim_name: ClassVar[str]
+
+    run: Callable[..., Any]
 
     def __init__(
         self,
@@ -259,6 +262,28 @@ class PagedAttention:
             self._graph.note_recorded(num_rows, num_pages)
         else:
             self._recorded.add(plan)
+
+    def run_return_lse(self, q: Any, paged_kv_cache: Any, **options: Any) -> Any:
+        """`run()` with `return_lse=True`.
+
+        Parameters
+        ----------
+        q, paged_kv_cache
+            As `run()` takes them.
+        **options
+            Its other arguments, by name, but for `return_lse`.
+
+        Returns
+        -------
+        out : array [rows of q, num_qo_heads, head_dim]
+        lse : float32 array [rows of q, num_qo_heads]
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError, NotImplementedError, BackendUnavailableError
+            As `run()` does.
+        """
+        return self.run(q, paged_kv_cache, return_lse=True, **options)
 
     def explain(self) -> str:
         """The plan as text: tiles, splits, work for each thread block, predicted imbalance.

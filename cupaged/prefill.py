@@ -312,25 +312,3 @@ skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
         return self._attend(
             q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, lse_base
         )
-
-    def run_return_lse(self, q: Any, paged_kv_cache: Any, **options: Any) -> Any:
-        """`run()` with `return_lse=True`.
-
-        Parameters
-        ----------
-        q, paged_kv_cache
-            As `run()` takes them.
-        **options
-            Its other arguments, by name, but for `return_lse`.
-
-        Returns
-        -------
-        out : array [nnz_qo, num_qo_heads, head_dim]
-        lse : float32 array [nnz_qo, num_qo_heads]
-
-        Raises
-        ------
-        TypeError, ValueError, RuntimeError, NotImplementedError, BackendUnavailableError
-            As `run()` does.
-        """
-        return self.run(q, paged_kv_cache, return_lse=True, **options)
