@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 # Their assertions shall say what was compared, as those of the tests do.
 pytest.register_assert_rewrite(
     *("gpu_calls", "processes", "small_call", "stand_ins", "strategies"),
-    *("cascades", "gpu_appends", "life", "page_problems", "states"),
+    *("cascades", "compiler", "gpu_appends", "life", "page_problems", "states"),
 )
 
 # The benchmark is a folder of scripts, no package.
@@ -123,6 +123,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUPAGED_CACHE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """NVRTC."""
+    from cupaged import kernels
+    from cupaged.errors import BackendUnavailableError
+
+    try:
+        kernels.nvrtc()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

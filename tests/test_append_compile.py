@@ -6,14 +6,21 @@ plain Python what the kernel does with the parameters.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from test_compile import LOG, REGISTER_UNIT, REGISTERS, REPORT, RESERVED_BYTES, SM_LIMITS
+from compiler import (
+    REGISTERS,
+    RESERVED_BYTES,
+    SM_LIMITS,
+    Logs,
+    compiling,
+    name,
+    read,
+    registers_of_blocks,
+)
 
 from cupaged import kernels
 from cupaged.append_cuda import (
@@ -24,64 +31,28 @@ from cupaged.append_cuda import (
     UNIT_BYTES,
     AppendKernel,
 )
-from cupaged.errors import BackendUnavailableError
 
 Case = tuple[int, AppendKernel]
 CASES: list[Case] = [(arch, kernel) for arch in SM_LIMITS for kernel in KERNELS]
 
 
-def name(value: object) -> str:
-    """Of a test, after what it compiles."""
-    assert isinstance(value, tuple)
-    arch, kernel = value
-    return f"{kernels.target(arch)}-{kernel.name}"
-
-
 @pytest.fixture(scope="module")
-def compiler() -> None:
-    """NVRTC."""
-    try:
-        kernels.nvrtc()
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def logs(
-    compiler: None, request: pytest.FixtureRequest
-) -> Iterator[dict[Case, Future[tuple[bytes, str]]]]:
-    """What the compiler says of each kernel that a selected test asks for."""
-    wanted = [
-        item.callspec.params["case"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function)
-        and item.originalname == test_an_append_kernel_fits.__name__
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            case: pool.submit(kernels.compile_cubin, case[1], case[0], REPORT) for case in wanted
-        }
-        pool.shutdown(cancel_futures=True)
+def logs(compiler: None, request: pytest.FixtureRequest) -> Iterator[Logs]:
+    """What the compiler says of each kernel."""
+    yield from compiling(request, test_an_append_kernel_fits)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_an_append_kernel_fits(case: Case, logs: dict[Case, Future[tuple[bytes, str]]]) -> None:
+def test_an_append_kernel_fits(case: Case, logs: Logs) -> None:
     """It compiles without a warning, spills nothing, and an SM holds the blocks it is meant to."""
     arch, kernel = case
-    cubin, log = logs[case].result()
-    assert cubin.startswith(b"\x7fELF")
-    said = LOG.fullmatch(log)
-    assert said is not None, f"expected a report of one kernel and no warning, got:\n{log}"
-    assert said["kernel"] == kernel.entry
-    assert said["target"] == kernels.target(arch)
-    assert (said["stores"], said["loads"], said["stack"]) == ("0", "0", "0"), log
+    _, said = read(case, logs)
 
     sm_shared, sm_threads = SM_LIMITS[arch]
     assert kernel.shared_bytes == 0
     assert CTAS_PER_SM * (int(said["shared"]) + RESERVED_BYTES) <= sm_shared
     assert sm_threads >= CTAS_PER_SM * NUM_THREADS
-    of_a_warp = -(-int(said["registers"]) * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    assert CTAS_PER_SM * NUM_THREADS // 32 * of_a_warp <= REGISTERS
+    assert registers_of_blocks(said, CTAS_PER_SM, NUM_THREADS) <= REGISTERS
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)

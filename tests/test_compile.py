@@ -5,117 +5,47 @@ NVRTC compiles without a GPU, so these run wherever it is installed.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import sass
+from compiler import (
+    LOG,
+    MAX_REGISTERS_PER_THREAD,
+    REGISTERS,
+    RESERVED_BYTES,
+    SM_LIMITS,
+    WARPGROUP,
+    Logs,
+    compiling,
+    name,
+    read,
+    registers_of_blocks,
+)
 
 from cupaged import kernels, tiles
-from cupaged.errors import BackendUnavailableError
 from cupaged.spec import DEVICE_STRUCTS, KernelConfig
 
 Case = tuple[int, KernelConfig]
-
-KIB = 1024
-
-#: Compute capability → shared memory of an SM in bytes, and the threads that it holds (CUDA C++
-#: Programming Guide, "Technical Specifications per Compute Capability").
-SM_LIMITS = {
-    80: (164 * KIB, 2048),
-    86: (100 * KIB, 1536),
-    89: (100 * KIB, 1536),
-    90: (228 * KIB, 2048),
-    100: (228 * KIB, 2048),
-    120: (100 * KIB, 1536),
-}
-
-#: What the system takes of an SM's shared memory for each thread block (the same guide).
-RESERVED_BYTES = 1 * KIB
-
-#: An SM's registers, and how many of them at a time a warp is given.
-REGISTERS = 65536
-REGISTER_UNIT = 256
-MAX_REGISTERS_PER_THREAD = 255
-WARPGROUP = 128
 
 CASES: list[Case] = [
     (arch, config) for arch in SM_LIMITS for config in kernels.configurations(arch)
 ]
 
-REPORT = ("--ptxas-options=-v",)
-
-#: All that the compiler has to say of a kernel with nothing wrong in it, in this order.
-LOG = re.compile(
-    r"""
-    ptxas\ info\ +:\ \d+\ bytes\ gmem(,\ \d+\ bytes\ cmem\[\d+\])*\n
-    ptxas\ info\ +:\ Compiling\ entry\ function\ '(?P<kernel>\w+)'\ for\ '(?P<target>\w+)'\n
-    ptxas\ info\ +:\ Function\ properties\ for\ (?P=kernel)\n
-    ptxas\ +\.\ +(?P<stack>\d+)\ bytes\ stack\ frame,\ (?P<stores>\d+)\ bytes\ spill\ stores,
-        \ (?P<loads>\d+)\ bytes\ spill\ loads\n
-    ptxas\ info\ +:\ Used\ (?P<registers>\d+)\ registers,\ used\ \d+\ barriers
-        (,\ \d+\ bytes\ cumulative\ stack\ size)?
-        (,\ (?P<shared>\d+)\ bytes\ smem)?(,\ \d+\ bytes\ cmem\[\d+\])*\n
-    (ptxas\ info\ +:\ Compile\ time\ =\ [\d.]+\ ms\n)?
-    \0?
-    """,
-    re.VERBOSE,
-)
-
-
-def name(value: object) -> str:
-    """Of a test, after what it compiles."""
-    assert isinstance(value, tuple)
-    arch, config = value
-    return f"{kernels.target(arch)}-{config.name}"
-
 
 @pytest.fixture(scope="module")
-def compiler() -> None:
-    """NVRTC."""
-    try:
-        kernels.nvrtc()
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def logs(
-    compiler: None, request: pytest.FixtureRequest
-) -> Iterator[dict[Case, Future[tuple[bytes, str]]]]:
-    """What the compiler says of each kernel that a selected test asks for.
-
-    All are compiled by as many threads as there are cores, while the tests wait for theirs.
-    """
-    wanted = [
-        item.callspec.params["case"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function)
-        and item.originalname
-        in (test_a_kernel_fits.__name__, test_a_kernel_uses_its_units.__name__)
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            case: pool.submit(kernels.compile_cubin, case[1], case[0], REPORT)
-            for case in dict.fromkeys(wanted)
-        }
-        pool.shutdown(cancel_futures=True)
+def logs(compiler: None, request: pytest.FixtureRequest) -> Iterator[Logs]:
+    """What the compiler says of each kernel."""
+    yield from compiling(request, test_a_kernel_fits, test_a_kernel_uses_its_units)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_a_kernel_fits(case: Case, logs: dict[Case, Future[tuple[bytes, str]]]) -> None:
+def test_a_kernel_fits(case: Case, logs: Logs) -> None:
     """It compiles without a warning, spills nothing, and an SM holds the blocks it is meant to."""
     arch, config = case
-    cubin, log = logs[case].result()
-    assert cubin.startswith(b"\x7fELF")
-    said = LOG.fullmatch(log)
-    assert said is not None, f"expected a report of one kernel and no warning, got:\n{log}"
-    assert said["kernel"] == config.entry
-    assert said["target"] == kernels.target(arch)
-    assert (said["stores"], said["loads"], said["stack"]) == ("0", "0", "0"), log
+    _, said = read(case, logs)
 
     sm_shared, sm_threads = SM_LIMITS[arch]
     shared = config.shared_bytes + int(said["shared"] or 0)
@@ -123,14 +53,12 @@ def test_a_kernel_fits(case: Case, logs: dict[Case, Future[tuple[bytes, str]]]) 
     assert config.ctas_per_sm * (shared + RESERVED_BYTES) <= sm_shared
     assert config.ctas_per_sm * config.num_threads <= sm_threads
 
-    registers = int(said["registers"])
-    assert registers <= MAX_REGISTERS_PER_THREAD
-    of_a_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    assert config.ctas_per_sm * config.num_threads // 32 * of_a_warp <= REGISTERS
+    assert int(said["registers"]) <= MAX_REGISTERS_PER_THREAD
+    assert registers_of_blocks(said, config.ctas_per_sm, config.num_threads) <= REGISTERS
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[0] == 90], ids=name)
-def test_a_kernel_uses_its_units(case: Case, logs: dict[Case, Future[tuple[bytes, str]]]) -> None:
+def test_a_kernel_uses_its_units(case: Case, logs: Logs) -> None:
     """The matrix unit and the ways of copying that its family is for, and no others."""
     _, config = case
     cubin, _ = logs[case].result()

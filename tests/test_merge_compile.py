@@ -7,10 +7,8 @@ the parameters point to.
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +17,12 @@ import numpy as np
 import pytest
 import sass
 import states
+from compiler import REGISTERS, SM_LIMITS, Logs, compiling, name, read, registers_of_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 from states import DTYPES, bits
-from test_compile import LOG, REGISTER_UNIT, REGISTERS, REPORT, SM_LIMITS
 
 from cupaged import devices, kernels, merge_cuda
-from cupaged.errors import BackendUnavailableError
 from cupaged.merge import States
 from cupaged.merge_cuda import KERNELS, MERGE_DTYPE, NUM_THREADS, MergeKernel, launch_shape
 from cupaged.spec import DeviceModel
@@ -37,58 +34,23 @@ VECTOR_BYTES = 16
 # Compiled
 
 
-def name(value: object) -> str:
-    """Of a test, after what it compiles."""
-    assert isinstance(value, tuple)
-    arch, kernel = value
-    return f"{kernels.target(arch)}-{kernel.name}"
-
-
 @pytest.fixture(scope="module")
-def compiler() -> None:
-    """NVRTC."""
-    try:
-        kernels.nvrtc()
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def logs(
-    compiler: None, request: pytest.FixtureRequest
-) -> Iterator[dict[Case, Future[tuple[bytes, str]]]]:
-    """What the compiler says of each kernel that a selected test asks for."""
-    wanted = [
-        item.callspec.params["case"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function)
-        and item.originalname == test_a_merge_kernel_fits.__name__
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            case: pool.submit(kernels.compile_cubin, case[1], case[0], REPORT) for case in wanted
-        }
-        pool.shutdown(cancel_futures=True)
+def logs(compiler: None, request: pytest.FixtureRequest) -> Iterator[Logs]:
+    """What the compiler says of each kernel."""
+    yield from compiling(request, test_a_merge_kernel_fits)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_a_merge_kernel_fits(case: Case, logs: dict[Case, Future[tuple[bytes, str]]]) -> None:
+def test_a_merge_kernel_fits(case: Case, logs: Logs) -> None:
     """It compiles without a warning, spills nothing, and an SM holds the blocks it is meant to."""
     arch, kernel = case
-    cubin, log = logs[case].result()
-    assert cubin.startswith(b"\x7fELF")
-    said = LOG.fullmatch(log)
-    assert said is not None, f"expected a report of one kernel and no warning, got:\n{log}"
-    assert said["kernel"] == kernel.entry
-    assert said["target"] == kernels.target(arch)
-    assert (said["stores"], said["loads"], said["stack"]) == ("0", "0", "0"), log
+    cubin, said = read(case, logs)
     assert not sass.instructions(cubin).keys() & {"LDL", "STL"}
 
     _, sm_threads = SM_LIMITS[arch]
     assert kernel.shared_bytes == int(said["shared"] or 0) == 0
     assert sm_threads >= kernel.ctas_per_sm * NUM_THREADS
-    of_a_warp = -(-int(said["registers"]) * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    assert kernel.ctas_per_sm * NUM_THREADS // 32 * of_a_warp <= REGISTERS
+    assert registers_of_blocks(said, kernel.ctas_per_sm, NUM_THREADS) <= REGISTERS
 
 
 def test_names_and_kernels_are_unique() -> None:
