@@ -86,7 +86,7 @@ Argument: TypeAlias = tuple[bytearray, int]
 
 @dataclass(frozen=True, slots=True)
 class AppendKernel:
-    """A kernel of `append.cu` as it is compiled, a `spec.Kernel`.
+    """A kernel of `append.cu` as it is compiled, a `kernel_spec.Kernel`.
 
     Attributes
     ----------

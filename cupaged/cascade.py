@@ -236,7 +236,6 @@ rope_theta
             _UNSERVED,
             (use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, rope_theta),
         )
-        validate.pos_encoding_mode(pos_encoding_mode)
         spec = validate.attention_spec(
             *(num_qo_heads, num_kv_heads, head_dim, None, page_size, causal, sm_scale),
             *(dtype_names(q_data_type, kv_data_type, None), self._wrappers[0].kv_layout),
@@ -278,7 +277,7 @@ rope_theta
             with of_level(i):
                 wrapper.plan(
                     *level.index_arrays,
-                    *(spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.page_size),
+                    *(spec.num_qo_heads, spec.num_kv_heads, spec.head_dim_qk, spec.page_size),
                     causal=spec.causal and i == self._num_levels - 1,
                     sm_scale=spec.sm_scale,
                     q_data_type=spec.dtype,
@@ -352,7 +351,7 @@ rope_theta
                 with of_level(i):
                     level.check_pages(num_pages)
         want_lse = validate.flag(return_lse, "return_lse") or lse is not None
-        shape = (num_rows, spec.num_qo_heads, spec.head_dim)
+        shape = (num_rows, spec.num_qo_heads, spec.head_dim_vo)
         result, result_lse = None, None
         if out is not None:
             result = arrays.import_tensor(arrays.writable(out, "out"), "out", q)

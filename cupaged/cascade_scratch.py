@@ -30,7 +30,7 @@ class Scratch(NamedTuple):
         """Whether there is room for a run."""
         max_rows, *inner = self.v.shape[1:]
         made_for = (inner, self.v.dtype, arrays.device_id(self.v))
-        wanted = ([spec.num_qo_heads, spec.head_dim], DTYPES[spec.dtype], device)
+        wanted = ([spec.num_qo_heads, spec.head_dim_vo], DTYPES[spec.dtype], device)
         return bool(max_rows >= num_rows) and made_for == wanted
 
 
@@ -38,7 +38,7 @@ def scratch(num_levels: int, num_rows: int, spec: AttentionSpec, device: int | N
     """Memory on the host, or on the current device in the order of its current stream."""
     module = np if device is None else cupy()
     rows = (num_rows, spec.num_qo_heads)
-    v = module.empty((num_levels - 1, *rows, spec.head_dim), DTYPES[spec.dtype])
+    v = module.empty((num_levels - 1, *rows, spec.head_dim_vo), DTYPES[spec.dtype])
     return Scratch(v, module.empty((num_levels, *rows), np.float32), None)
 
 

@@ -13,7 +13,7 @@ from cupaged import tensor_maps
 from cupaged.device_plan import MAPS_BEGIN, PARAMS_BEGIN, PlacedPlan
 from cupaged.devices import cupy, is_recorded
 from cupaged.graph_plan import GraphPlan
-from cupaged.spec import PARAMS_DTYPE, field_offset
+from cupaged.kernel_spec import PARAMS_DTYPE, field_offset
 
 #: What a kernel loads and stores at a time, in bytes; every row must begin at a multiple of it.
 _ROW_ALIGNMENT = 16

@@ -173,7 +173,6 @@ seq_lens
                 seq_lens,
             ),
         )
-        validate.pos_encoding_mode(pos_encoding_mode)
         if data_type is not None:
             dtype = arrays.dtype_name(data_type, "data_type")
             # q_data_type's default may be what was given.
@@ -196,6 +195,9 @@ seq_lens
             dtype_names(q_data_type, kv_data_type, o_data_type),
             self.kv_layout,
             self._head_dim_name,
+            validate.Features(
+                *(window_left, logits_soft_cap, pos_encoding_mode, rope_scale, rope_theta),
+            ),
         )
         lengths = validate_lengths.decode_lengths(
             arrays.import_index(indptr, "indptr"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import struct
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 from cupaged import kernels, tensor_maps
 from cupaged.devices import cupy, device_model
+from cupaged.kernel_spec import PARAMS_DTYPE, KernelConfig, field_offset
 from cupaged.schedule import IntArray, Schedule
-from cupaged.spec import PARAMS_DTYPE, AttentionSpec, KernelConfig, field_offset
+from cupaged.spec import AttentionSpec
 from cupaged.staging import Upload, upload
 from cupaged.tensor_maps import TENSOR_MAP_BYTES
 
@@ -20,8 +22,8 @@ PARAMS_BEGIN = 32
 MAPS_BEGIN = PARAMS_BEGIN + PARAMS_DTYPE.itemsize
 _ARGUMENT_BYTES = MAPS_BEGIN + 2 * TENSOR_MAP_BYTES
 _POINTERS = struct.Struct("3Q")
-# The fields of PARAMS_DTYPE that a plan decides, in their order: six pointers and nine numbers.
-_PLAN = struct.Struct("6Q5i4I")
+# The fields of PARAMS_DTYPE that a plan decides, in their order: ten pointers and eleven numbers.
+_PLAN = struct.Struct("10Q6i4If")
 _PLAN_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "items")
 
 #: Parts of the uploaded block begin at multiples of this many int32.
@@ -67,7 +69,7 @@ class ReadyLaunch(NamedTuple):
     num_threads: int
     shared_bytes: int
     box_rows: int
-    parameters: tuple[int, ...]
+    parameters: tuple[float, ...]
     spare: list[Argument]
 
     def new_argument(self) -> Argument:
@@ -103,7 +105,7 @@ class PlacedPlan:
     launches: tuple[ReadyLaunch, ...]
 
     def __init__(self, spec: AttentionSpec, device: int) -> None:
-        self.page_shape = (spec.page_size, spec.num_kv_heads, spec.head_dim)
+        self.page_shape = (spec.page_size, spec.num_kv_heads, spec.head_dim_qk)
         self.heads_first = spec.kv_layout == "HND"
         self.device = device
         self.recordable = True
@@ -214,6 +216,7 @@ def ready(
     partials: tuple[int, int],
     counters: tuple[int, int],
     num_items: int,
+    extras: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> ReadyLaunch:
     """A launch with all that a plan decides.
 
@@ -232,6 +235,9 @@ def ready(
         Addresses of the work counters and of the merge counters.
     num_items : int
         -1 where the third work counter has it.
+    extras : tuple of int
+        Addresses of what variants read: the mask's bits, where each request's begin, the slopes of
+        ALiBi, the turns of RoPE.
     """
     address, rows = partials
     work_counters, merge_counters = counters
@@ -245,9 +251,10 @@ def ready(
         parameters=(
             *tables,
             address,
-            address + rows * spec.head_dim * 4,
+            address + rows * spec.head_dim_vo * 4,
             merge_counters,
             work_counters,
+            *extras,
             num_items,
             *_numbers(spec),
         ),
@@ -263,13 +270,15 @@ def _box_rows(config: KernelConfig, page_size: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(spec: AttentionSpec) -> tuple[int, ...]:
+def _numbers(spec: AttentionSpec) -> tuple[float, ...]:
     """The parameters that a spec alone decides."""
     return (
         spec.num_kv_heads,
         spec.gqa_group_size,
         spec.page_size,
         int(spec.causal),
+        spec.window_left,
         *magic(spec.gqa_group_size),
         *magic(spec.page_size),
+        spec.logits_soft_cap * math.log2(math.e),
     )

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cupaged import heuristics, tiles
+from cupaged.kernel_spec import KernelConfig
 from cupaged.schedule import Launch, Lengths, Schedule
-from cupaged.spec import AttentionSpec, KernelConfig
+from cupaged.spec import AttentionSpec
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -107,12 +108,15 @@ def _batch_lines(schedule: Schedule) -> list[str]:
     )
     lines = [
         f"batch of {_count(batch, 'request')}, {mask} attention, {spec.dtype}",
-        _line("heads", f"{head_rows} (groups of {spec.gqa_group_size}), head_dim {spec.head_dim}"),
+        _line(
+            "heads",
+            f"{head_rows} (groups of {spec.gqa_group_size}), head_dim {_head_dims(spec)}",
+        ),
     ]
     if batch:
         pages = int(lengths.paged_kv_indptr[-1])
         pairs = _visible_pairs(spec, lengths)
-        flop = 4.0 * spec.head_dim * spec.num_qo_heads * pairs
+        flop = 2.0 * (spec.head_dim_qk + spec.head_dim_vo) * spec.num_qo_heads * pairs
         lines += [
             _line("queries", _spread(lengths.qo_len)),
             _line(
@@ -187,6 +191,12 @@ def _launch_lines(schedule: Schedule, launch: Launch) -> list[str]:
     return lines + _histogram(finish)
 
 
+def _head_dims(spec: AttentionSpec) -> str:
+    if spec.head_dim_vo == spec.head_dim_qk:
+        return str(spec.head_dim_qk)
+    return f"{spec.head_dim_qk} (values {spec.head_dim_vo})"
+
+
 def _reasons(
     schedule: Schedule,
     launch: Launch,
@@ -196,9 +206,7 @@ def _reasons(
     """Why the launch's tiles have the shape they have."""
     config, spec = launch.config, schedule.spec
     limit = heuristics.SHORT_MAX_ROWS
-    kernel_of = functools.partial(
-        tiles.kernel_config, schedule.device.arch, spec.dtype, spec.head_dim, spec.page_size
-    )
+    kernel_of = functools.partial(tiles.kernel_config, schedule.device.arch, spec.needs)
     if config == kernel_of("short"):
         return [
             f"rows: for requests of at most {limit} (queries x group): reading K and V bounds them",
@@ -220,7 +228,8 @@ def _reasons(
         if per_warp > 16:
             why_rows = "so that each fragment of K and V feeds two matrix products"
         else:
-            why_rows = f"as the output of more, {config.head_dim} wide, would not fit the registers"
+            width = f"{config.head_dim_vo} wide"
+            why_rows = f"as the output of more, {width}, would not fit the registers"
         keys = f"leave room for {config.num_stages} stages and {blocks} an SM"
     reasons = [
         f"rows: for requests of more than {limit} (queries x group); {rows}",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple, TypeAlias
 
 from cupaged.heuristics import SHORT_MAX_ROWS, most_partials
-from cupaged.spec import AttentionSpec, DeviceModel, KernelConfig
+from cupaged.kernel_spec import KernelConfig
+from cupaged.spec import AttentionSpec, DeviceModel
 from cupaged.tiles import Shape, kernel_config, slots
 
 #: Bytes of partial states of splits that the caller fixes, without a workspace: what FlashInfer
@@ -50,7 +51,7 @@ Frame: TypeAlias = dict[Shape, Room]
 
 def bytes_of_a_partial(spec: AttentionSpec, config: KernelConfig) -> int:
     """Bytes of a partial-state slot: float32, an output row and an LSE for each row and KV head."""
-    return spec.num_kv_heads * config.cta_tile_q * (spec.head_dim + 1) * 4
+    return spec.num_kv_heads * config.cta_tile_q * (spec.head_dim_vo + 1) * 4
 
 
 def make_frame(
@@ -88,7 +89,7 @@ def make_frame(
         shapes = ("long",)
     frame: Frame = {}
     for shape in shapes:
-        config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, shape)
+        config = kernel_config(device.arch, spec.needs, shape)
         if equal_rows is None:
             tiles = max_rows * group // config.cta_tile_q + max_batch
         else:

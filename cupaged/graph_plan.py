@@ -11,8 +11,9 @@ from cupaged.device_plan import PlacedPlan, ready
 from cupaged.devices import cupy, device_model
 from cupaged.frames import Frame
 from cupaged.graph_buffers import GraphBuffers
+from cupaged.kernel_spec import ITEM_DTYPE
 from cupaged.schedule import IntArray, Schedule
-from cupaged.spec import ITEM_DTYPE, AttentionSpec
+from cupaged.spec import AttentionSpec
 from cupaged.staging import Upload, upload
 from cupaged.tiles import slots
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cupaged.spec import KernelConfig
+from cupaged.kernel_spec import KernelConfig
 from cupaged.tiles import Shape
 
 IntArray = npt.NDArray[np.int32]

@@ -9,7 +9,7 @@ from typing import Any
 import cupaged
 from cupaged import append_cuda, devices, kernels, merge_cuda
 from cupaged.errors import BackendUnavailableError
-from cupaged.spec import Kernel
+from cupaged.kernel_spec import Kernel
 
 _CUPY_WHEELS = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 _NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")

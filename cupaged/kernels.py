@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from cupaged import source, tiles
 from cupaged.errors import BackendUnavailableError
-from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, Kernel, KernelConfig
+from cupaged.kernel_spec import Kernel, KernelConfig
+from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, Needs
 
 if TYPE_CHECKING:
     from tempfile import TemporaryDirectory
@@ -38,7 +39,10 @@ atexit.register(_loaded.clear)
 def configurations(arch: int) -> Iterator[KernelConfig]:
     """Every kernel configuration that a GPU of compute capability `arch` may be asked to run."""
     choices = (SERVED_DTYPES, SERVED_HEAD_DIMS, tiles.TYPICAL_PAGE_SIZES, tiles.SHAPES)
-    found = (tiles.kernel_config(arch, *choice) for choice in itertools.product(*choices))
+    found = (
+        tiles.kernel_config(arch, Needs(dtype, dtype, *head_dims, page_size), shape)
+        for dtype, head_dims, page_size, shape in itertools.product(*choices)
+    )
     yield from dict.fromkeys(found)
 
 

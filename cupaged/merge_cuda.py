@@ -63,7 +63,7 @@ _spare: list[Argument] = []
 
 @dataclass(frozen=True, slots=True)
 class MergeKernel:
-    """A kernel of `merge_states.cu` as it is compiled, a `spec.Kernel`.
+    """A kernel of `merge_states.cu` as it is compiled, a `kernel_spec.Kernel`.
 
     Attributes
     ----------

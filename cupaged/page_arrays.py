@@ -68,7 +68,7 @@ def allocate(spec: AttentionSpec, num_pages: int, num_layers: int, device: objec
     place = _device(device)
     axes = (spec.page_size, spec.num_kv_heads)
     inner = axes if spec.kv_layout == "NHD" else axes[::-1]
-    shape = (num_layers, 2, num_pages, *inner, spec.head_dim)
+    shape = (num_layers, 2, num_pages, *inner, spec.head_dim_qk)
     dtype = DTYPES[spec.dtype]
     bits = np.dtype(f"u{dtype.itemsize}")
     if place is None:

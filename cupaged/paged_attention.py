@@ -231,7 +231,7 @@ class PagedAttention:
         result, result_lse = None, None
         if out is not None:
             result = arrays.import_tensor(arrays.writable(out, "out"), "out", q)
-            validate_run.given(result, "out", (*rows, spec.head_dim), queries.dtype, device)
+            validate_run.given(result, "out", (*rows, spec.head_dim_vo), queries.dtype, device)
         if lse is not None:
             result_lse = arrays.import_tensor(arrays.writable(lse, "lse"), "lse", q)
             validate_run.given(result_lse, "lse", rows, DTYPES["float32"], device)
@@ -241,7 +241,7 @@ class PagedAttention:
         with current:
             if result is None:
                 result, out = arrays.allocate_output(
-                    (*rows, spec.head_dim), queries.dtype, queries, q
+                    (*rows, spec.head_dim_vo), queries.dtype, queries, q
                 )
             if result_lse is None and want_lse:
                 result_lse, lse = arrays.allocate_output(rows, DTYPES["float32"], queries, q)

@@ -92,7 +92,7 @@ class PagedKVCache(RequestBook):
         spec = AttentionSpec(
             num_qo_heads=self.num_kv_heads,
             num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
+            head_dim_qk=self.head_dim,
             page_size=self.page_size,
             causal=False,
             sm_scale=1.0,

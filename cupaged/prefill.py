@@ -200,7 +200,6 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
                 uniform_q_len,
             ),
         )
-        validate.pos_encoding_mode(pos_encoding_mode)
         spec = validate.attention_spec(
             num_qo_heads,
             num_kv_heads,
@@ -212,6 +211,9 @@ max_token_per_sequence, max_sequence_kv, uniform_q_len
             dtype_names(q_data_type, kv_data_type, o_data_type),
             self.kv_layout,
             self._head_dim_name,
+            validate.Features(
+                *(window_left, logits_soft_cap, pos_encoding_mode, rope_scale, rope_theta),
+            ),
         )
         lengths = validate_lengths.lengths(
             arrays.import_index(qo_indptr, "qo_indptr"),

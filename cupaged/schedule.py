@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from cupaged import heuristics
 from cupaged.frames import Frame
-from cupaged.spec import ITEM_DTYPE, AttentionSpec, DeviceModel, KernelConfig
+from cupaged.kernel_spec import ITEM_DTYPE, KernelConfig
+from cupaged.spec import AttentionSpec, DeviceModel
 from cupaged.tiles import Shape, kernel_config, slots
 
 IntArray = npt.NDArray[np.int32]
@@ -77,7 +78,7 @@ class Launch(NamedTuple):
 
     def partial_bytes(self, spec: AttentionSpec) -> int:
         """Bytes of all partial states: float32, an output row and an LSE for each row."""
-        return self.num_partial_rows(spec) * (spec.head_dim + 1) * 4
+        return self.num_partial_rows(spec) * (spec.head_dim_vo + 1) * 4
 
 
 class Schedule(NamedTuple):
@@ -143,7 +144,7 @@ def build(
         fewest, most = int(packed_len[packed_len.argmin()]), int(packed_len[packed_len.argmax()])
         members = _members(spec, lengths, device, packed_len, (fewest, most), by_request, frame)
         for shape, chosen in members.items():
-            config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, shape)
+            config = kernel_config(device.arch, spec.needs, shape)
             num_slots = slots(config, device)
             one_each = fewest > 0 and most <= config.cta_tile_q
             tiles, kv_tiles = _query_tiles(spec, lengths, packed_len, chosen, one_each, config)
@@ -188,7 +189,7 @@ def _members(
     if frame is not None and len(frame) == 1:
         (shape,) = frame
         return {shape: None}
-    config = kernel_config(device.arch, spec.dtype, spec.head_dim, spec.page_size, "long")
+    config = kernel_config(device.arch, spec.needs, "long")
     num_rows = lengths.nnz_qo * spec.gqa_group_size
     num_slots = slots(config, device)
     members = heuristics.choose_shapes(

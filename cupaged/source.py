@@ -10,7 +10,7 @@ import re
 from functools import cache, lru_cache
 from pathlib import Path
 
-from cupaged.spec import Kernel, field_offset
+from cupaged.kernel_spec import Kernel, field_offset
 
 # NVRTC has no `offsetof` without a header; this is what its front end makes of one.
 _OFFSET = "(u64)__INTADDR__(&((({struct}*)0)->{field}))"

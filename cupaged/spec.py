@@ -5,8 +5,8 @@ Nothing here computes; every other room reads these types.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -22,31 +22,66 @@ DTYPES: dict[str, np.dtype] = {
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
 
-#: what the kernels of this release compute in
+#: What the kernels compute in, and what K and V may be beside that.
 SERVED_DTYPES = ("float16", "bfloat16")
-SERVED_HEAD_DIMS = (64, 128, 256)
+FLOAT8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
+#: (head_dim_qk, head_dim_vo) of the kernels.
+SERVED_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 
-#: A work item: one query tile of one request, against one range of its keys, for every KV head. It
-#: says where the request lies too, so that whoever works on it has no other record to wait for.
-#:
-#: Rows are *packed*: row ``i * gqa_group_size + g`` is query ``i`` under the ``g``-th query head
-#: of the KV head's group, so that one tile of K and V serves the whole group.
-ITEM_DTYPE = np.dtype(
-    [
-        ("request", np.int32),
-        ("row_begin", np.int32),  # first packed row of the tile; it holds cta_tile_q of them
-        ("kv_begin", np.int32),  # first key, inclusive
-        ("kv_end", np.int32),  # last key, exclusive; equal to kv_begin where no row sees a key
-        ("split", np.int32),  # which of the tile's splits this is
-        ("num_splits", np.int32),  # 1: the item writes its result; more: a partial state
-        ("first_partial", np.int32),  # partial-state slot of split 0; the others follow it
-        ("merge", np.int32),  # which counter tells the tile's last split that it is the last
-        ("qo_begin", np.int32),  # first row of q of the request: qo_indptr[r]
-        ("qo_len", np.int32),  # the request's query rows
-        ("kv_len", np.int32),  # the request's keys
-        ("page_begin", np.int32),  # first entry of its page table: paged_kv_indptr[r]
-    ]
-)
+#: How the positions of queries and keys enter the logits.
+PosEncodingMode = Literal["NONE", "ROPE_LLAMA", "ALIBI"]
+POS_ENCODING_MODES: tuple[PosEncodingMode, ...] = ("NONE", "ROPE_LLAMA", "ALIBI")
+
+
+class Variant(NamedTuple):
+    """What of attention differs by feature and is a constant of a kernel; nothing by default.
+
+    Sinks are none: they come in where a row's result is written, which costs nothing.
+
+    Attributes
+    ----------
+    window : bool
+        A row sees keys from some key on.
+    soft_cap : bool
+        Logits go through `cap * tanh(x / cap)`.
+    custom_mask : bool
+        A bit says whether a row sees a key.
+    alibi : bool
+        Logits are biased by the distance of row and key.
+    rope : bool
+        Queries and keys are rotated by their positions.
+    """
+
+    window: bool = False
+    soft_cap: bool = False
+    custom_mask: bool = False
+    alibi: bool = False
+    rope: bool = False
+
+
+class Needs(NamedTuple):
+    """What a spec asks of a kernel.
+
+    Attributes
+    ----------
+    dtype, kv_dtype : str
+        Of q and the output; of K and V.
+    head_dim_qk, head_dim_vo : int
+    page_size : int
+    variant : Variant
+    """
+
+    dtype: str
+    kv_dtype: str
+    head_dim_qk: int
+    head_dim_vo: int
+    page_size: int
+    variant: Variant = Variant()
+
+
+def plain_needs(dtype: str, head_dim: int, page_size: int) -> Needs:
+    """The needs of attention without variants."""
+    return Needs(dtype, dtype, head_dim, head_dim, page_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +92,8 @@ class AttentionSpec:
     ----------
     num_qo_heads, num_kv_heads : int
         Query heads and key/value heads; the first is a multiple of the second.
-    head_dim : int
-        Elements of a query, key and value head.
+    head_dim_qk : int
+        Elements of a query's and a key's head.
     page_size : int
         Tokens of a page.
     causal : bool
@@ -66,186 +101,66 @@ class AttentionSpec:
     sm_scale : float
         What multiplies `q·k`.
     dtype : str
-        Of q, K, V and the output.
+        Of q and the output.
     kv_layout : str
         "NHD" or "HND".
+    head_dim_vo : int
+        Elements of a value's and an output's head; `head_dim_qk` where not given.
+    kv_dtype : str
+        Of K and V; `dtype` where not given.
+    window_left : int
+        Row `i` sees keys from `kv_len - qo_len + i - window_left` on; -1 for all.
+    logits_soft_cap : float
+        The logits' bound; 0 for none.
+    custom_mask : bool
+        The plan has a bit for each query row and key.
+    pos_encoding_mode : str
+    rope_scale, rope_theta : float
+        For "ROPE_LLAMA": positions are divided by the first; elements `j` and `j + head_dim_qk / 2`
+        turn by `rope_theta ** (-2 * j / head_dim_qk)` radians a position.
+    needs : Needs
+        What all this asks of a kernel.
     """
 
     num_qo_heads: int
     num_kv_heads: int
-    head_dim: int
+    head_dim_qk: int
     page_size: int
     causal: bool
     sm_scale: float
     dtype: str
     kv_layout: KVLayout
+    head_dim_vo: int = 0
+    kv_dtype: str = ""
+    window_left: int = -1
+    logits_soft_cap: float = 0.0
+    custom_mask: bool = False
+    pos_encoding_mode: PosEncodingMode = "NONE"
+    rope_scale: float = 1.0
+    rope_theta: float = 1e4
+    needs: Needs = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Frozen: only here may a field be filled in.
+        if not self.head_dim_vo:
+            object.__setattr__(self, "head_dim_vo", self.head_dim_qk)
+        if not self.kv_dtype:
+            object.__setattr__(self, "kv_dtype", self.dtype)
+        variant = Variant(
+            window=self.window_left >= 0,
+            soft_cap=self.logits_soft_cap > 0,
+            custom_mask=self.custom_mask,
+            alibi=self.pos_encoding_mode == "ALIBI",
+            rope=self.pos_encoding_mode == "ROPE_LLAMA",
+        )
+        head_dims = (self.head_dim_qk, self.head_dim_vo)
+        needs = Needs(self.dtype, self.kv_dtype, *head_dims, self.page_size, variant)
+        object.__setattr__(self, "needs", needs)
 
     @property
     def gqa_group_size(self) -> int:
         """Query heads that share a KV head."""
         return self.num_qo_heads // self.num_kv_heads
-
-
-class Kernel(Protocol):
-    """What is compiled, cached and loaded: a source in `kernels_cu` and its constants.
-
-    Attributes
-    ----------
-    family : str
-        Stem of the source in `kernels_cu`.
-    name : str
-        A readable name, unique among kernels.
-    entry : str
-        The kernel's name in its source.
-    shared_bytes : int
-        Dynamic shared memory of a block.
-    flags : dict
-        Macros of the source, without their prefix `CUPAGED_`.
-    constants : dict
-        Its other constants, all int.
-    structs : dict
-        Names of its structs, and the NumPy dtypes that mirror them.
-    """
-
-    @property
-    def family(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def entry(self) -> str: ...
-    @property
-    def shared_bytes(self) -> int: ...
-    @property
-    def flags(self) -> dict[str, int]: ...
-    @property
-    def constants(self) -> dict[str, int]: ...
-    @property
-    def structs(self) -> dict[str, np.dtype]: ...
-    def __hash__(self) -> int: ...
-
-
-#: family of kernels → warps of a block that bring data and compute nothing
-_PRODUCER_WARPS = {"prefill_sm80": 0, "prefill_sm90": 4}
-#: family of kernels → bytes of dynamic shared memory beside the tiles
-_CONTROL_BYTES = {"prefill_sm80": 0, "prefill_sm90": 512}
-
-
-@dataclass(frozen=True, slots=True)
-class KernelConfig:
-    """One kernel as it is compiled: everything that is a constant in its source.
-
-    Attributes
-    ----------
-    family : str
-        Stem of the source in `kernels_cu`.
-    dtype : str
-        Of q, K, V and the output.
-    head_dim : int
-    cta_tile_q, cta_tile_kv : int
-        Packed query rows and keys that a thread block holds at a time.
-    warps_q, warps_kv : int
-        How the warps that compute divide the tile: over rows, or over keys (then their states are
-        merged).
-    num_stages : int
-        Tiles of both K and V in shared memory, one of them being worked on; in the sm_90 family,
-        where K and V share a ring, tiles of either.
-    num_q_stages : int
-        Q tiles in shared memory, one of them being worked on.
-    ctas_per_sm : int
-        Thread blocks that share an SM; bounds the registers.
-    page_aligned : bool
-        The page size is a multiple of `page_unit`, so that one look into the page table serves
-        several keys.
-    """
-
-    family: str
-    dtype: str
-    head_dim: int
-    cta_tile_q: int
-    cta_tile_kv: int
-    warps_q: int
-    warps_kv: int
-    num_stages: int
-    num_q_stages: int
-    ctas_per_sm: int
-    page_aligned: bool
-
-    @property
-    def entry(self) -> str:
-        """The kernel's name in its source."""
-        return "cupaged_prefill"
-
-    @property
-    def flags(self) -> dict[str, int]:
-        """Macros of the source."""
-        return {"BFLOAT16": self.dtype == "bfloat16", "PAGE_ALIGNED": self.page_aligned}
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """Constants of the source."""
-        return {
-            "HEAD_DIM": self.head_dim,
-            "CTA_TILE_Q": self.cta_tile_q,
-            "CTA_TILE_KV": self.cta_tile_kv,
-            "WARPS_Q": self.warps_q,
-            "WARPS_KV": self.warps_kv,
-            "NUM_WARPS": self.warps_q * self.warps_kv,
-            "NUM_THREADS": self.num_threads,
-            "MMA_Q": self.cta_tile_q // (16 * self.warps_q),
-            "NUM_STAGES": self.num_stages,
-            "NUM_Q_STAGES": self.num_q_stages,
-            "SHARED_BYTES": self.shared_bytes,
-            "CTAS_PER_SM": self.ctas_per_sm,
-        }
-
-    @property
-    def structs(self) -> dict[str, np.dtype]:
-        """The structs of the source."""
-        return DEVICE_STRUCTS
-
-    @property
-    def producer_warps(self) -> int:
-        """Warps of a block that bring data and compute nothing."""
-        return _PRODUCER_WARPS[self.family]
-
-    @property
-    def num_threads(self) -> int:
-        """Threads of a block."""
-        return 32 * (self.warps_q * self.warps_kv + self.producer_warps)
-
-    @property
-    def page_unit(self) -> int:
-        """Neighbouring keys that are copied together where they lie in one page."""
-        if self.producer_warps:
-            return 8  # rows of a group, see wgmma.cuh
-        return self.cta_tile_kv // (self.warps_q * self.warps_kv)
-
-    @property
-    def carries_short(self) -> bool:
-        """Whether few rows of a tile cost little more than the reading of K and V."""
-        return _PRODUCER_WARPS[self.family] > 0
-
-    @property
-    def splits_merged_by(self) -> int:
-        """Parts of a query tile whose splits are counted and merged each on its own."""
-        return self.warps_q // 4 if self.producer_warps else 1
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block: the Q stages, the K and V stages, and barriers."""
-        row_bytes = self.head_dim * DTYPES[self.dtype].itemsize
-        kv_tiles = self.num_stages * (1 if self.producer_warps else 2)
-        rows = self.num_q_stages * self.cta_tile_q + kv_tiles * self.cta_tile_kv
-        return rows * row_bytes + _CONTROL_BYTES[self.family]
-
-    @property
-    def name(self) -> str:
-        """A readable name, unique among configurations."""
-        pages = f"page{self.page_unit}n" if self.page_aligned else "pageany"
-        return (
-            f"{self.family}_{self.dtype}_d{self.head_dim}_q{self.cta_tile_q}"
-            f"_kv{self.cta_tile_kv}_w{self.warps_q}x{self.warps_kv}_s{self.num_stages}_{pages}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,56 +182,3 @@ class DeviceModel:
 #: What host arrays are planned for: an H200, so that the reference backend walks the very
 #: schedule a GPU would.
 HOST_MODEL = DeviceModel(num_sms=132, arch=90)
-
-#: What a kernel is launched with; `kernels_cu/params.cuh` says what each field means.
-PARAMS_DTYPE = np.dtype(
-    [(pointer, np.uint64) for pointer in ("q", "k", "v", "out", "lse")]
-    + [
-        (f"{tensor}_stride_{axis}", np.int64)
-        for tensor, axes in (
-            ("q", ("row", "head")),
-            ("k", ("page", "token", "head")),
-            ("v", ("page", "token", "head")),
-            ("out", ("row", "head")),
-            ("lse", ("row", "head")),
-        )
-        for axis in axes
-    ]
-    + [
-        (pointer, np.uint64)
-        for pointer in (
-            "items",
-            "page_indices",
-            "partial_out",
-            "partial_lse",
-            "merge_counters",
-            "work_counters",
-        )
-    ]
-    + [
-        (number, np.int32)
-        for number in (
-            "num_items",
-            "num_kv_heads",
-            "gqa_group_size",
-            "page_size",
-            "causal",
-        )
-    ]
-    + [
-        (divisor, np.uint32)
-        for divisor in ("group_magic", "group_shift", "page_magic", "page_shift")
-    ]
-    + [("negate_logits", np.int32)]
-    + [(factor, np.float32) for factor in ("logit_scale", "v_scale", "lse_scale")],
-    align=True,
-)
-
-#: The attention kernels' structs and the NumPy dtypes that mirror them.
-DEVICE_STRUCTS = {"Item": ITEM_DTYPE, "Params": PARAMS_DTYPE}
-
-
-def field_offset(dtype: np.dtype, field: str) -> int:
-    """Bytes before a field of a structured dtype."""
-    assert dtype.fields is not None
-    return int(dtype.fields[field][1])

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-from cupaged.spec import DeviceModel, KernelConfig
+from cupaged.kernel_spec import KernelConfig
+from cupaged.spec import FLOAT8_DTYPES, DeviceModel, Needs, Variant
 
 Shape = Literal["long", "brief", "short"]
 SHAPES: tuple[Shape, ...] = ("long", "brief", "short")
@@ -35,10 +36,13 @@ class _Tile:
     num_q_stages: int = 1
 
 
+#: Heads that take the tiles of wider ones, to which their rows are padded in shared memory.
+_PADDED = {(96, 96): (128, 128)}
+
 # "long" of the sm_80 family: rows are divided over the warps. At head_dim 64 and 128 each warp
 # takes 32 rows, so that every fragment of K and V read from shared memory feeds two matrix
-# products; with 16 rows the reads, 128 bytes a clock, would bound the kernel. At 256 the output of
-# 32 rows does not fit the registers, so eight warps take 16 each. Two blocks an SM cover each
+# products; with 16 rows the reads, 128 bytes a clock, would bound the kernel. At 192 and 256 what
+# 32 rows need does not fit the registers, so eight warps take 16 each. Two blocks an SM cover each
 # other's softmax and barriers.
 # "long" of the sm_90 family: a warpgroup computes 64 rows, and what its registers and the shared
 # memory hold decides the keys of a tile.
@@ -46,32 +50,36 @@ class _Tile:
 # is none, "long" stands in.
 # "short": 16 rows, the keys divided over the warps: decoding and very short queries are bound by
 # the reading of K and V, so the tile is as short as the matrix unit allows and the stages deep.
-_TILES: dict[tuple[str, int, Shape], _Tile] = {
-    ("sm90", 64, "long"): _Tile(192, 128, 12, 1, 6, 1, "prefill_sm90", 2),
-    ("sm90", 128, "long"): _Tile(128, 128, 8, 1, 5, 1, "prefill_sm90", 2),
-    ("sm90", 256, "long"): _Tile(128, 80, 8, 1, 4, 1, "prefill_sm90"),
-    ("sm90", 128, "brief"): _Tile(128, 64, 8, 1, 8, 1, "prefill_sm90", 2),
-    ("sm90", 64, "short"): _Tile(16, 64, 1, 4, 4, 3),
-    ("sm90", 128, "short"): _Tile(16, 64, 1, 4, 3, 2),
-    ("sm90", 256, "short"): _Tile(16, 64, 1, 4, 3, 1),
-    ("large", 64, "long"): _Tile(128, 64, 4, 1, 2, 2),
-    ("large", 128, "long"): _Tile(128, 32, 4, 1, 3, 2),
-    ("large", 256, "long"): _Tile(128, 32, 8, 1, 2, 1),
-    ("large", 64, "short"): _Tile(16, 64, 1, 4, 4, 3),
-    ("large", 128, "short"): _Tile(16, 64, 1, 4, 3, 2),
-    ("large", 256, "short"): _Tile(16, 64, 1, 4, 3, 1),
-    ("medium", 64, "long"): _Tile(128, 64, 4, 1, 2, 2),
-    ("medium", 128, "long"): _Tile(128, 32, 4, 1, 2, 2),
-    ("medium", 256, "long"): _Tile(128, 32, 8, 1, 2, 1),
-    ("medium", 64, "short"): _Tile(16, 64, 1, 4, 3, 3),
-    ("medium", 128, "short"): _Tile(16, 64, 1, 4, 2, 2),
-    ("medium", 256, "short"): _Tile(16, 64, 1, 4, 2, 1),
-    ("small", 64, "long"): _Tile(128, 64, 4, 1, 2, 2),
-    ("small", 128, "long"): _Tile(128, 32, 4, 1, 3, 1),
-    ("small", 256, "long"): _Tile(64, 32, 4, 1, 2, 1),
-    ("small", 64, "short"): _Tile(16, 64, 1, 4, 2, 2),
-    ("small", 128, "short"): _Tile(16, 64, 1, 4, 2, 1),
-    ("small", 256, "short"): _Tile(16, 32, 1, 2, 2, 1),
+_D64, _D128, _D192, _D256 = (64, 64), (128, 128), (192, 128), (256, 256)
+_TILES: dict[tuple[str, tuple[int, int], Shape], _Tile] = {
+    ("sm90", _D64, "long"): _Tile(192, 128, 12, 1, 6, 1, "prefill_sm90", 2),
+    ("sm90", _D128, "long"): _Tile(128, 128, 8, 1, 5, 1, "prefill_sm90", 2),
+    ("sm90", _D256, "long"): _Tile(128, 80, 8, 1, 4, 1, "prefill_sm90"),
+    ("sm90", _D128, "brief"): _Tile(128, 64, 8, 1, 8, 1, "prefill_sm90", 2),
+    ("large", _D64, "long"): _Tile(128, 64, 4, 1, 2, 2),
+    ("large", _D128, "long"): _Tile(128, 32, 4, 1, 3, 2),
+    ("large", _D192, "long"): _Tile(128, 32, 8, 1, 3, 1),
+    ("large", _D256, "long"): _Tile(128, 32, 8, 1, 2, 1),
+    ("large", _D64, "short"): _Tile(16, 64, 1, 4, 4, 3),
+    ("large", _D128, "short"): _Tile(16, 64, 1, 4, 3, 2),
+    ("large", _D192, "short"): _Tile(16, 64, 1, 4, 4, 1),
+    ("large", _D256, "short"): _Tile(16, 64, 1, 4, 3, 1),
+    ("medium", _D64, "long"): _Tile(128, 64, 4, 1, 2, 2),
+    ("medium", _D128, "long"): _Tile(128, 32, 4, 1, 2, 2),
+    ("medium", _D192, "long"): _Tile(128, 32, 8, 1, 3, 1),
+    ("medium", _D256, "long"): _Tile(128, 32, 8, 1, 2, 1),
+    ("medium", _D64, "short"): _Tile(16, 64, 1, 4, 3, 3),
+    ("medium", _D128, "short"): _Tile(16, 64, 1, 4, 2, 2),
+    ("medium", _D192, "short"): _Tile(16, 64, 1, 4, 3, 1),
+    ("medium", _D256, "short"): _Tile(16, 64, 1, 4, 2, 1),
+    ("small", _D64, "long"): _Tile(128, 64, 4, 1, 2, 2),
+    ("small", _D128, "long"): _Tile(128, 32, 4, 1, 3, 1),
+    ("small", _D192, "long"): _Tile(64, 32, 4, 1, 2, 1),
+    ("small", _D256, "long"): _Tile(64, 32, 4, 1, 2, 1),
+    ("small", _D64, "short"): _Tile(16, 64, 1, 4, 2, 2),
+    ("small", _D128, "short"): _Tile(16, 64, 1, 4, 2, 1),
+    ("small", _D192, "short"): _Tile(16, 32, 1, 2, 3, 1),
+    ("small", _D256, "short"): _Tile(16, 32, 1, 2, 2, 1),
 }
 
 #: Page sizes that between them ask for every configuration there is.
@@ -86,17 +94,42 @@ def tile_class(arch: int) -> str:
     return _CLASS.get(arch, "small")
 
 
+def _served_by_sm90(needs: Needs) -> bool:
+    """Whether the sm_90 family has a kernel for it."""
+    if needs.kv_dtype != needs.dtype or needs.head_dim_qk not in (64, 128, 256):
+        return False
+    return needs.variant._replace(window=False, soft_cap=False) == Variant()
+
+
+def _tile(arch: int, needs: Needs, shape: Shape) -> _Tile:
+    head_dims = (needs.head_dim_qk, needs.head_dim_vo)
+    head_dims = _PADDED.get(head_dims, head_dims)
+    classes = [tile_class(arch)]
+    if classes == ["sm90"]:
+        # The sm_80 family, with as much shared memory, has what the other one lacks.
+        classes = ["sm90", "large"] if _served_by_sm90(needs) else ["large"]
+    shapes: list[Shape] = [shape] if shape == "short" else [shape, "long"]
+    for candidate in shapes:
+        for name in classes:
+            tile = _TILES.get((name, head_dims, candidate))
+            if tile is not None:
+                # Half the bytes: twice the stages are under way, which hides as much latency.
+                deeper = shape == "short" and needs.kv_dtype in FLOAT8_DTYPES
+                return replace(tile, num_stages=2 * tile.num_stages) if deeper else tile
+    raise KeyError((arch, needs, shape))
+
+
 @cache
-def kernel_config(
-    arch: int, dtype: str, head_dim: int, page_size: int, shape: Shape
-) -> KernelConfig:
+def kernel_config(arch: int, needs: Needs, shape: Shape) -> KernelConfig:
     """The kernel that serves a shape of query tile on compute capability `arch`."""
-    found = _TILES.get((tile_class(arch), head_dim, shape))
-    tile = _TILES[tile_class(arch), head_dim, "long"] if found is None else found
+    tile = _tile(arch, needs, shape)
     config = KernelConfig(
         family=tile.family,
-        dtype=dtype,
-        head_dim=head_dim,
+        dtype=needs.dtype,
+        kv_dtype=needs.kv_dtype,
+        head_dim_qk=needs.head_dim_qk,
+        head_dim_vo=needs.head_dim_vo,
+        variant=needs.variant,
         cta_tile_q=tile.cta_tile_q,
         cta_tile_kv=tile.cta_tile_kv,
         warps_q=tile.warps_q,
@@ -106,7 +139,9 @@ def kernel_config(
         ctas_per_sm=tile.ctas_per_sm,
         page_aligned=True,
     )
-    return config if page_size % config.page_unit == 0 else replace(config, page_aligned=False)
+    if needs.page_size % config.page_unit == 0:
+        return config
+    return replace(config, page_aligned=False)
 
 
 def slots(config: KernelConfig, device: DeviceModel) -> int:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple, cast
 
 import numpy as np
 
-from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, AttentionSpec, KVLayout
+from cupaged.spec import (
+    FLOAT8_DTYPES,
+    POS_ENCODING_MODES,
+    SERVED_DTYPES,
+    SERVED_HEAD_DIMS,
+    AttentionSpec,
+    KVLayout,
+    PosEncodingMode,
+)
 
 _MAX_INT = 2**30
-_POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -81,6 +89,20 @@ def choice(value: object, name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+class Features(NamedTuple):
+    """Arguments of `plan()` that are off by default, as the caller gave them."""
+
+    window_left: object = -1
+    logits_soft_cap: object = None
+    pos_encoding_mode: object = "NONE"
+    rope_scale: object = None
+    rope_theta: object = None
+    custom_mask: bool = False  # whether there is one
+
+
+_PLAIN = Features()
+
+
 def attention_spec(
     num_qo_heads: object,
     num_kv_heads: object,
@@ -92,6 +114,7 @@ def attention_spec(
     dtypes: tuple[str, str, str],
     kv_layout: KVLayout,
     head_dim_name: str,
+    features: Features = _PLAIN,
 ) -> AttentionSpec:
     """Check what an attention call is, apart from its lengths.
 
@@ -102,7 +125,7 @@ def attention_spec(
         sm_scale = scale(sm_scale, "sm_scale")
     arguments = (
         *(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, causal),
-        *(sm_scale, dtypes, kv_layout, head_dim_name),
+        *(sm_scale, dtypes, kv_layout, head_dim_name, features),
     )
     try:
         return _known_spec(*arguments)
@@ -122,6 +145,7 @@ def _attention_spec(
     dtypes: tuple[str, str, str],
     kv_layout: KVLayout,
     head_dim_name: str,
+    features: Features,
 ) -> AttentionSpec:
     qo_heads = positive_int(num_qo_heads, "num_qo_heads")
     kv_heads = positive_int(num_kv_heads, "num_kv_heads")
@@ -131,32 +155,49 @@ def _attention_spec(
         raise ValueError(
             f"num_qo_heads = {qo_heads}, expected a multiple of num_kv_heads = {kv_heads}"
         )
-    if head_dim not in SERVED_HEAD_DIMS:
-        raise NotImplementedError(
-            f"{head_dim_name} = {head_dim}, served are {_listed(SERVED_HEAD_DIMS)}"
-        )
-    if head_dim_out != head_dim:
-        raise NotImplementedError(
-            f"head_dim_vo = {head_dim_out} differs from head_dim_qk = {head_dim}, "
-            "which no backend serves"
-        )
+    if (head_dim, head_dim_out) not in SERVED_HEAD_DIMS:
+        _refuse_head_dims(head_dim, head_dim_out, head_dim_name)
     q_dtype, kv_dtype, o_dtype = dtypes
     if q_dtype not in SERVED_DTYPES:
         raise NotImplementedError(f"q_data_type = {q_dtype}, served are {_listed(SERVED_DTYPES)}")
-    for name, dtype in (("kv_data_type", kv_dtype), ("o_data_type", o_dtype)):
-        if dtype != q_dtype:
-            raise NotImplementedError(
-                f"{name} = {dtype} differs from q_data_type = {q_dtype}, which no backend serves"
-            )
+    if kv_dtype != q_dtype and kv_dtype not in FLOAT8_DTYPES:
+        raise NotImplementedError(
+            f"kv_data_type = {kv_dtype}, served are q_data_type = {q_dtype} and "
+            f"{_listed(FLOAT8_DTYPES)}"
+        )
+    if o_dtype != q_dtype:
+        raise NotImplementedError(
+            f"o_data_type = {o_dtype} differs from q_data_type = {q_dtype}, which no backend serves"
+        )
+    mode = choice(features.pos_encoding_mode, "pos_encoding_mode", POS_ENCODING_MODES)
+    rope_scale, rope_theta = (
+        default if value is None else _positive(value, name, mode)
+        for value, name, default in (
+            (features.rope_scale, "rope_scale", 1.0),
+            (features.rope_theta, "rope_theta", 1e4),
+        )
+    )
+    soft_cap = 0.0
+    if features.logits_soft_cap is not None:
+        soft_cap = scale(features.logits_soft_cap, "logits_soft_cap")
     return AttentionSpec(
         num_qo_heads=qo_heads,
         num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        head_dim_qk=head_dim,
+        head_dim_vo=head_dim_out,
         page_size=positive_int(page_size, "page_size"),
         causal=flag(causal, "causal"),
         sm_scale=1 / math.sqrt(head_dim) if sm_scale is None else sm_scale,
         dtype=q_dtype,
+        kv_dtype=kv_dtype,
         kv_layout=kv_layout,
+        window_left=window_left(features.window_left),
+        # FlashInfer has 0 and any negative number for none.
+        logits_soft_cap=max(soft_cap, 0.0),
+        custom_mask=features.custom_mask,
+        pos_encoding_mode=cast(PosEncodingMode, mode),
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
     )
 
 
@@ -164,13 +205,34 @@ def _attention_spec(
 _known_spec = lru_cache(maxsize=64, typed=True)(_attention_spec)
 
 
-def pos_encoding_mode(value: object) -> None:
-    """Refuse unknown modes, and the known ones that aren't served."""
-    mode = choice(value, "pos_encoding_mode", _POS_ENCODING_MODES)
-    if mode != "NONE":
-        raise NotImplementedError(
-            f"plan(): pos_encoding_mode={mode!r} is not served by any backend"
-        )
+def _refuse_head_dims(head_dim: int, head_dim_out: int, head_dim_name: str) -> None:
+    served = [dim for dim, out in SERVED_HEAD_DIMS if dim == out]
+    if head_dim_out == head_dim:
+        raise NotImplementedError(f"{head_dim_name} = {head_dim}, served are {_listed(tuple(served))}")
+    others = ", ".join(f"{dim}/{out}" for dim, out in SERVED_HEAD_DIMS if dim != out)
+    raise NotImplementedError(
+        f"{head_dim_name} = {head_dim} with head_dim_vo = {head_dim_out}, served are equal ones of "
+        f"{_listed(tuple(served))}, and {others}"
+    )
+
+
+def window_left(value: object) -> int:
+    """`value` as a number of keys, -1 for all of them."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"window_left is {what(value)}, expected an int")
+    if value < -1:
+        raise ValueError(f"window_left = {value}, expected at least 0, or -1 for no window")
+    return min(int(value), _MAX_INT)
+
+
+def _positive(value: object, name: str, mode: str) -> float:
+    """A factor of the rotation, which means nothing without it."""
+    if mode != "ROPE_LLAMA":
+        raise ValueError(f"{name} = {value} with pos_encoding_mode={mode!r}, expected 'ROPE_LLAMA'")
+    number = scale(value, name)
+    if number <= 0:
+        raise ValueError(f"{name} = {number}, expected more than 0")
+    return number
 
 
 def _listed(values: tuple[object, ...]) -> str:

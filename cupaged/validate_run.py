@@ -20,7 +20,7 @@ _WORKSPACE_ALIGNMENT = 16
 def _shape_words(spec: AttentionSpec, stacked: bool) -> str:
     page, heads = f"page_size={spec.page_size}", f"num_kv_heads={spec.num_kv_heads}"
     inner = f"{page}, {heads}" if spec.kv_layout == "NHD" else f"{heads}, {page}"
-    return f"(num_pages, {'2, ' if stacked else ''}{inner}, head_dim={spec.head_dim})"
+    return f"(num_pages, {'2, ' if stacked else ''}{inner}, head_dim={spec.head_dim_qk})"
 
 
 def _check_pages(shape: tuple[int, ...], spec: AttentionSpec, name: str, stacked: bool) -> None:
@@ -28,13 +28,13 @@ def _check_pages(shape: tuple[int, ...], spec: AttentionSpec, name: str, stacked
     tokens, heads = spec.page_size, spec.num_kv_heads
     expected = (tokens, heads) if spec.kv_layout == "NHD" else (heads, tokens)
     found = shape[2 if stacked else 1 :]
-    if found == (*expected, spec.head_dim) and (not stacked or shape[1] == 2):
+    if found == (*expected, spec.head_dim_qk) and (not stacked or shape[1] == 2):
         return
     words = (
         f"{name} has shape {shape}; kv_layout={spec.kv_layout!r} expects "
         f"{_shape_words(spec, stacked)}"
     )
-    if found == (*expected[::-1], spec.head_dim) and (not stacked or shape[1] == 2):
+    if found == (*expected[::-1], spec.head_dim_qk) and (not stacked or shape[1] == 2):
         words += f". It fits kv_layout={'HND' if spec.kv_layout == 'NHD' else 'NHD'!r}"
     raise ValueError(words)
 
@@ -101,10 +101,10 @@ def query(
     and `more` that q may have more rows.
     """
     shape = q.shape
-    if len(shape) != 3 or shape[1:] != (spec.num_qo_heads, spec.head_dim):
+    if len(shape) != 3 or shape[1:] != (spec.num_qo_heads, spec.head_dim_qk):
         raise ValueError(
             f"q has shape {shape}, expected (nnz_qo, num_qo_heads={spec.num_qo_heads}, "
-            f"{head_dim_name}={spec.head_dim})"
+            f"{head_dim_name}={spec.head_dim_qk})"
         )
     num_rows: int = shape[0]
     if num_rows != nnz_qo and not (more and num_rows > nnz_qo):

@@ -15,7 +15,7 @@ from oracle import Formula
 
 import cupaged
 from cupaged import devices, kernels, tiles
-from cupaged.spec import KernelConfig
+from cupaged.kernel_spec import KernelConfig
 
 FAMILIES = ("prefill_sm90", "prefill_sm80")
 Wrapper = cupaged.BatchPrefillWithPagedKVCacheWrapper

@@ -14,7 +14,7 @@ from small_call import Wrapper
 from cupaged import backend, cuda, reference, schedule, tiles
 from cupaged import devices as devices_room
 from cupaged.backend import Plan
-from cupaged.spec import HOST_MODEL, DeviceModel
+from cupaged.spec import HOST_MODEL, DeviceModel, plain_needs
 
 #: Compute capability 9.0 is what the host plans for; the others are of the other classes.
 OTHERS = {"medium": 80, "small": 89, "large": 100, "newer than the table": 130}
@@ -82,7 +82,8 @@ def test_a_plan_run_on_another_class_of_device_is_divided_anew(
     assert found.device == 3
     assert found.page_indices is plan.page_indices
     assert found.schedule.device == devices[3]
-    configs = {tiles.kernel_config(arch, "float16", head_dim, 16, shape) for shape in tiles.SHAPES}
+    needs = plain_needs("float16", head_dim, 16)
+    configs = {tiles.kernel_config(arch, needs, shape) for shape in tiles.SHAPES}
     assert {launch.config for launch in found.schedule.launches} <= configs
     expected = schedule.build(before.spec, before.lengths, devices[3], **options)
     for launch, same in zip(found.schedule.launches, expected.launches, strict=True):

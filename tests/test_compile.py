@@ -26,7 +26,8 @@ from compiler import (
 )
 
 from cupaged import kernels, tiles
-from cupaged.spec import DEVICE_STRUCTS, KernelConfig
+from cupaged.kernel_spec import DEVICE_STRUCTS, KernelConfig
+from cupaged.spec import plain_needs
 
 Case = tuple[int, KernelConfig]
 
@@ -64,12 +65,12 @@ def test_a_kernel_uses_its_units(case: Case, logs: Logs) -> None:
     cubin, _ = logs[case].result()
     found = sass.instructions(cubin)
     if config.family == "prefill_sm80":
-        assert found["HMMA"] >= (config.head_dim + config.cta_tile_kv) // 16
+        assert found["HMMA"] >= (config.head_dim_qk + config.cta_tile_kv) // 16
         assert found["LDGSTS"] > 0
         assert not found.keys() & {"HGMMA", "UTMALDG", "USETMAXREG", "LDL", "STL"}
         return
     # Q.K^T and P.V of a tile, 16 elements and 16 keys at a time.
-    assert found["HGMMA"] >= (config.head_dim + config.cta_tile_kv) // 16
+    assert found["HGMMA"] >= (config.head_dim_qk + config.cta_tile_kv) // 16
     assert found["LDGSTS"] > 0  # Q
     assert bool(found["UTMALDG"]) == config.page_aligned
     assert not found.keys() & {"HMMA", "LDL", "STL"}
@@ -127,7 +128,7 @@ def test_a_changed_layout_does_not_compile(
         mirror.append(("one_more", dtype[0]))
         wrong = ["static assertion failed", f'class "{struct}" has no member "one_more"']
     monkeypatch.setitem(DEVICE_STRUCTS, struct, np.dtype(mirror, align=True))
-    config = tiles.kernel_config(80, "float16", 64, 16, "short")
+    config = tiles.kernel_config(80, plain_needs("float16", 64, 16), "short")
     with pytest.raises(RuntimeError, match=f"^NVRTC refused {config.name} for sm_80:") as raised:
         kernels.compile_cubin(config, 80)
     assert re.findall(r"error: (.*)", str(raised.value)) == wrong

@@ -146,9 +146,7 @@ def test_a_frame_has_the_same_launches_for_every_batch(case: Case) -> None:
     used = [launch.config for launch in case.build(case.frame).launches]
     assert used == [config for config in configs if config in used]
     for shape, room in case.frame.items():
-        assert room.config == tiles.kernel_config(
-            case.device.arch, case.spec.dtype, case.spec.head_dim, case.spec.page_size, shape
-        )
+        assert room.config == tiles.kernel_config(case.device.arch, case.spec.needs, shape)
 
 
 # Which launches

@@ -16,7 +16,7 @@ from gpu_calls import check, planned, run, schedule_of, to_gpu, to_host, told
 from oracle import Formula
 
 from cupaged.device_plan import DevicePlan
-from cupaged.spec import KernelConfig
+from cupaged.kernel_spec import KernelConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("family")]
 

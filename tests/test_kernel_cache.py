@@ -16,12 +16,13 @@ from stand_ins import FakeModule, FakeNvrtc, install
 
 from cupaged import kernels, source, tiles
 from cupaged.errors import BackendUnavailableError
-from cupaged.spec import KernelConfig
+from cupaged.kernel_spec import KernelConfig
+from cupaged.spec import plain_needs
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = tiles.kernel_config(90, "float16", 128, 16, "long")
-OTHER = tiles.kernel_config(90, "bfloat16", 128, 16, "long")
+CONFIG = tiles.kernel_config(90, plain_needs("float16", 128, 16), "long")
+OTHER = tiles.kernel_config(90, plain_needs("bfloat16", 128, 16), "long")
 
 # Keys
 
@@ -259,7 +260,7 @@ def test_another_device_loads_the_compiled_kernel(monkeypatch: pytest.MonkeyPatc
 
 RACE_IMPORTS = "from cupaged import kernels, tiles"
 RACE = """
-config = tiles.kernel_config(90, "float16", 64, 16, "short")
+config = tiles.kernel_config(90, plain_needs("float16", 64, 16), "short")
 print(kernels.cubin_path(config, 90), flush=True)
 """
 
@@ -271,7 +272,7 @@ def test_two_processes_race_for_one_entry() -> None:
     except BackendUnavailableError as error:
         pytest.skip(str(error))
     found = set(race(RACE_IMPORTS, RACE, 2))
-    config = tiles.kernel_config(90, "float16", 64, 16, "short")
+    config = tiles.kernel_config(90, plain_needs("float16", 64, 16), "short")
     assert found == {str(kernels.find_cached(config, 90))}
     assert [str(path) for path in kernels.cache_folder().iterdir()] == list(found)
     assert np.fromfile(found.pop(), "S4", 1)[0] == b"\x7fELF"

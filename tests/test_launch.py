@@ -11,7 +11,8 @@ import pytest
 
 from cupaged import cuda, tensor_maps, tiles
 from cupaged.device_plan import ReadyLaunch
-from cupaged.spec import PARAMS_DTYPE
+from cupaged.kernel_spec import PARAMS_DTYPE
+from cupaged.spec import plain_needs
 
 PAGES, PAGE_SIZE, HEADS, DIM = 5, 16, 2, 64
 FIELDS = PARAMS_DTYPE.names
@@ -86,7 +87,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def plan_of(box_rows: int = 16, heads_first: bool = False) -> Any:
-    config = tiles.kernel_config(90, "float16", DIM, PAGE_SIZE, "long")
+    config = tiles.kernel_config(90, plain_needs("float16", DIM, PAGE_SIZE), "long")
     return SimpleNamespace(
         stream=SimpleNamespace(ptr=7),
         page_shape=(PAGE_SIZE, HEADS, DIM),

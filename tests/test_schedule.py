@@ -30,7 +30,7 @@ def spec_of(
     return AttentionSpec(
         num_qo_heads=group * num_kv_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        head_dim_qk=head_dim,
         page_size=page_size,
         causal=causal,
         sm_scale=1.0,

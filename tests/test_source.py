@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from cupaged import kernels, source, tiles
-from cupaged.spec import DEVICE_STRUCTS, KernelConfig
+from cupaged.kernel_spec import DEVICE_STRUCTS, KernelConfig
+from cupaged.spec import plain_needs
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = tiles.kernel_config(90, "float16", 128, 16, "long")
-OTHER = tiles.kernel_config(90, "bfloat16", 128, 16, "long")
+CONFIG = tiles.kernel_config(90, plain_needs("float16", 128, 16), "long")
+OTHER = tiles.kernel_config(90, plain_needs("bfloat16", 128, 16), "long")
 FAMILIES = {
     config.family: config
-    for config in (CONFIG, tiles.kernel_config(80, "float16", 128, 16, "long"))
+    for config in (CONFIG, tiles.kernel_config(80, plain_needs("float16", 128, 16), "long"))
 }
 
 
@@ -70,7 +71,7 @@ def test_constants_of_a_configuration_are_in_its_prologue() -> None:
     ):
         assert constant in text
     assert "#define CUPAGED_BFLOAT16 1" in source.prologue(OTHER)
-    by_key = tiles.kernel_config(90, "float16", 128, 1, "long")
+    by_key = tiles.kernel_config(90, plain_needs("float16", 128, 1), "long")
     assert "#define CUPAGED_PAGE_ALIGNED 0" in source.prologue(by_key)
 
 
@@ -114,7 +115,9 @@ def test_configurations_fit_their_architecture(arch: int) -> None:
     for page_size in range(1, 70):
         for config in configs:
             for shape in tiles.SHAPES:
-                chosen = tiles.kernel_config(arch, config.dtype, config.head_dim, page_size, shape)
+                chosen = tiles.kernel_config(
+                    arch, plain_needs(config.dtype, config.head_dim_qk, page_size), shape
+                )
                 assert chosen in configs
                 assert chosen.page_aligned == (page_size % chosen.page_unit == 0)
                 warpgroups = shape != "short" and arch == 90

@@ -11,10 +11,11 @@ from stand_ins import FakeNvrtc, install, uninstall_cupy
 
 from cupaged import devices, kernels, tiles
 from cupaged.errors import BackendUnavailableError
+from cupaged.spec import plain_needs
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = tiles.kernel_config(90, "float16", 128, 16, "long")
+CONFIG = tiles.kernel_config(90, plain_needs("float16", 128, 16), "long")
 NVRTC_WHEELS = "nvidia-cuda-nvrtc-cu12 (for cupy-cuda12x) or nvidia-cuda-nvrtc (cupy-cuda13x)"
 
 
