@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 
 from cupaged import dlpack
+from cupaged.dtypes import dtype_name, from_torch_dtype, torch_dtype
 from cupaged.spec import DTYPES
 from cupaged.streams import (
     caller_stream,
@@ -49,9 +48,6 @@ _INT32 = np.dtype(np.int32)
 _INT64 = np.dtype(np.int64)
 _SPEAKS_DLPACK = "an array that speaks DLPack (CuPy, NumPy, PyTorch, JAX, numba)"
 
-#: NumPy dtype → name, as attribute of `torch`
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 
 def import_tensor(x: Any, name: str, beside: Any = None) -> Array:
     """View the caller's array as a NumPy or CuPy array, without a copy.
@@ -71,7 +67,8 @@ def import_tensor(x: Any, name: str, beside: Any = None) -> Array:
     Returns
     -------
     numpy.ndarray or cupy.ndarray
-        On x's own device; bfloat16 comes as `ml_dtypes.bfloat16`. It keeps x's memory alive.
+        On x's own device; bfloat16 and float8 come as dtypes of `ml_dtypes`. It keeps x's memory
+        alive.
 
     Raises
     ------
@@ -188,7 +185,7 @@ def allocate_output(
     """
     kind = framework(like_obj)
     if kind == "torch":
-        result = like_obj.new_empty(shape, dtype=_torch_dtype(dtype))
+        result = like_obj.new_empty(shape, dtype=torch_dtype(dtype))
         return _from_torch(result, "the output"), result
     array = empty(shape, dtype, like)
     return array, (array if kind in ("numpy", "cupy") else None)
@@ -255,41 +252,8 @@ def writable(x: Any, name: str) -> Any:
     return x
 
 
-def dtype_name(x: Any, argument: str) -> str:
-    """Name of a tensor dtype, as in `spec.DTYPES`.
-
-    Parameters
-    ----------
-    x : str, dtype or scalar type
-        "float16", "half", `numpy.float16`, `ml_dtypes.bfloat16`, `torch.bfloat16`,
-        `jax.numpy.bfloat16`, …
-    argument : str
-        Where it was given, for errors.
-
-    Raises
-    ------
-    TypeError
-        None of these.
-    """
-    name = _dtype_name(x)
-    if name is None:
-        raise TypeError(f"{argument} = {x!r}, expected one of {', '.join(DTYPES)}")
-    return name
-
-
-def _dtype_name(x: Any) -> str | None:
-    if type(x).__module__ == "torch":
-        x = str(x).removeprefix("torch.")
-    if isinstance(x, str) and x in DTYPES:
-        return x
-    try:
-        return _DTYPE_NAMES.get(np.dtype(x))
-    except (TypeError, ValueError, SyntaxError):
-        return None
-
-
 def _from_torch(x: Any, name: str) -> Array:
-    dtype = _from_torch_dtype(x.dtype)
+    dtype = from_torch_dtype(x.dtype)
     if dtype is None:
         raise NotImplementedError(f"{name} has dtype {x.dtype}, which NumPy has no name for")
     if x.requires_grad:
@@ -301,7 +265,10 @@ def _from_torch(x: Any, name: str) -> Array:
     try:
         if dtype.isbuiltin == 1:  # NumPy's own; bfloat16 is not
             return x.numpy()
-        capsule = sys.modules["torch"].to_dlpack(x)
+        torch = sys.modules["torch"]
+        if dtype.itemsize == 1:  # float8, which has not always been in DLPack
+            return x.view(torch.uint8).numpy().view(dtype)
+        capsule = torch.to_dlpack(x)
     except (BufferError, RuntimeError, TypeError) as error:
         raise _not_shared(x, name, error) from error
     return _read(dlpack.host_array, capsule, x, name)
@@ -337,9 +304,8 @@ def _from_dlpack(x: Any, name: str, beside: Any) -> Array:
             except TypeError:  # a producer of before DLPack 1.0
                 capsule = x.__dlpack__()
         elif device_type in dlpack.DEVICE:
-            cp = cupy()
-            read = cp.from_dlpack
-            with cp.cuda.Device(device):
+            read = _device_array
+            with cupy().cuda.Device(device):
                 # The producer orders itself before this stream. DLPack's number for the legacy
                 # default stream is 1.
                 stream = caller_stream(x if beside is None else beside, device)
@@ -351,6 +317,12 @@ def _from_dlpack(x: Any, name: str, beside: Any) -> Array:
     return _read(read, capsule, x, name)
 
 
+def _device_array(capsule: object) -> Array:
+    float8 = dlpack.as_bytes(capsule)
+    array = cupy().from_dlpack(capsule)
+    return array if float8 is None else array.view(float8)
+
+
 def _read(read: Callable[[object], Array], capsule: object, x: Any, name: str) -> Array:
     try:
         return read(capsule)
@@ -358,19 +330,6 @@ def _read(read: Callable[[object], Array], capsule: object, x: Any, name: str) -
         raise NotImplementedError(
             f"{name} has dtype {x.dtype}, which can't be read through DLPack: {error}"
         ) from error
-
-
-@lru_cache(maxsize=64)
-def _from_torch_dtype(dtype: Any) -> np.dtype[Any] | None:
-    name = str(dtype).removeprefix("torch.")
-    try:
-        return np.dtype(getattr(ml_dtypes, name, name))
-    except TypeError:
-        return None
-
-
-def _torch_dtype(dtype: np.dtype[Any]) -> Any:
-    return getattr(sys.modules["torch"], _DTYPE_NAMES[dtype])
 
 
 def _index_list(x: Sequence[int], name: str) -> HostArray:

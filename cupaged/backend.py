@@ -16,6 +16,8 @@ from cupaged.spec import HOST_MODEL, DeviceModel
 
 Backend = Literal["auto", "reference", "cuda"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "cuda")
+#: What FlashInfer calls its own kernels, and what serves in their place.
+ALIASES: dict[str, Backend] = {"fa2": "cuda", "fa3": "cuda"}
 
 #: Frameworks that, once imported, suggest that the arrays to come live on a GPU.
 _GPU_FRAMEWORKS = ("cupy", "torch", "jax", "numba.cuda")
@@ -125,6 +127,7 @@ class Plan:
         stream: int,
         tensors: tuple[Any, Any, Any, Any, Any | None],
         factors: tuple[float, float, float],
+        sinks: Any | None = None,
     ) -> bool:
         """Compute attention where the tensors live.
 
@@ -138,6 +141,8 @@ class Plan:
             q, k, v, out and lse; K and V in the plan's layout.
         factors : tuple of float
             What multiplies `q·k` in base 2, the output, and the base-2 LSE.
+        sinks : float32 array [num_qo_heads], optional
+            Natural logits.
 
         Returns
         -------
@@ -148,6 +153,6 @@ class Plan:
             q, k, v, out, lse = tensors
             if self.schedule.spec.kv_layout == "HND":
                 k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-            reference.run(self.schedule, self.page_indices, q, k, v, out, lse, *factors)
+            reference.run(self.schedule, self.page_indices, q, k, v, out, lse, *factors, sinks)
             return False
-        return cuda.run(self.on_device(device), stream, *tensors, factors)
+        return cuda.run(self.on_device(device), stream, *tensors, factors, sinks=sinks)

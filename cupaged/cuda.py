@@ -19,10 +19,10 @@ from cupaged.kernel_spec import PARAMS_DTYPE, field_offset
 _ROW_ALIGNMENT = 16
 
 # The fields of PARAMS_DTYPE that a call decides, in their order: five pointers and twelve strides;
-# a flag and three factors.
+# a pointer, a flag and four factors.
 _TENSORS = struct.Struct("5Q12q")
-_FACTORS = struct.Struct("i3f")
-_FACTORS_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "negate_logits")
+_FACTORS = struct.Struct("Qi4f")
+_FACTORS_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "sinks")
 
 #: The smallest float32 that isn't subnormal. A scale of 0 becomes this: products vanish beside
 #: 1 all the same, and -inf stays -inf.
@@ -38,6 +38,7 @@ def run(
     out: Any,
     lse: Any | None,
     factors: tuple[float, float, float],
+    sinks: Any | None = None,
 ) -> bool:
     """Launch a plan's kernels.
 
@@ -47,10 +48,13 @@ def run(
     stream : int
         The current one, on the plan's device.
     q, k, v, out, lse : cupy.ndarray
-        On the plan's device; K and V in the plan's layout. Rows of q and out that don't begin at
-        multiples of 16 bytes go by way of a copy.
+        On the plan's device; K and V in the plan's layout, or contiguous rows `[nnz_kv,
+        num_kv_heads, head_dim]`. Rows of q and out that don't begin at multiples of 16 bytes go by
+        way of a copy.
     factors : tuple of float
         What multiplies `q·k` in base 2, the output, and the base-2 LSE.
+    sinks : cupy.ndarray, optional
+        float32 [num_qo_heads], contiguous.
 
     Returns
     -------
@@ -68,22 +72,35 @@ def run(
     # Each of an array's properties takes CuPy a while: none is asked for twice.
     q_pointer, k_pointer, v_pointer, out_pointer = q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr
     (q_row, q_head, _), (out_row, out_head, _) = q.strides, out.strides
-    (k_page, k_token, k_head, _), (v_page, v_token, v_head, _) = k.strides, v.strides
+    k_strides, v_strides = k.strides, v.strides
+    if plan.ragged:
+        # A request's one page begins at any row.
+        k_strides, v_strides = (k_strides[0], *k_strides), (v_strides[0], *v_strides)
+    (k_page, k_token, k_head, _), (v_page, v_token, v_head, _) = k_strides, v_strides
     bits = q_pointer | k_pointer | v_pointer | out_pointer | q_row | q_head | out_row | out_head
     if (bits | k_page | k_token | k_head | v_page | v_token | v_head) % _ROW_ALIGNMENT:
-        return _run_unaligned(plan, stream, q, k, v, out, lse, factors)
+        return _run_unaligned(plan, stream, q, k, v, out, lse, factors, sinks)
     if plan.heads_first:
         k_token, k_head, v_token, v_head = k_head, k_token, v_head, v_token
     lse_pointer, (lse_row, lse_head) = (0, (0, 0)) if lse is None else (lse.data.ptr, lse.strides)
+    kv_itemsize = plan.kv_itemsize
     tensors = (
         *(q_pointer, k_pointer, v_pointer, out_pointer, lse_pointer),
         *(q_row // 2, q_head // 2),
-        *(k_page // 2, k_token // 2, k_head // 2),
-        *(v_page // 2, v_token // 2, v_head // 2),
+        *(k_page // kv_itemsize, k_token // kv_itemsize, k_head // kv_itemsize),
+        *(v_page // kv_itemsize, v_token // kv_itemsize, v_head // kv_itemsize),
         *(out_row // 2, out_head // 2, lse_row // 4, lse_head // 4),
     )
     logit_scale, v_scale, lse_scale = factors
+    negative, inner_scale = logit_scale < 0, 0.0
+    if plan.transform.is_on:
+        negative = False
+        logit_scale, inner_scale = plan.transform.factors(logit_scale)
     magnitude = max(abs(logit_scale), _SMALLEST_SCALE)
+    numbers = (
+        *(0 if sinks is None else sinks.data.ptr, negative),
+        *(magnitude, inner_scale, v_scale, lse_scale),
+    )
     cuda = cupy().cuda
     waits = stream != plan.stream.ptr
     recorded = is_recorded(stream)
@@ -116,7 +133,7 @@ def run(
         except IndexError:
             memory, address = ready.new_argument()
         _TENSORS.pack_into(memory, PARAMS_BEGIN, *tensors)
-        _FACTORS.pack_into(memory, _FACTORS_BEGIN, logit_scale < 0, magnitude, v_scale, lse_scale)
+        _FACTORS.pack_into(memory, _FACTORS_BEGIN, *numbers)
         if maps is not None:
             memory[MAPS_BEGIN:] = maps
         cuda.driver.launchKernel(
@@ -140,6 +157,7 @@ def _run_unaligned(
     out: Any,
     lse: Any | None,
     factors: tuple[float, float, float],
+    sinks: Any | None,
 ) -> bool:
     """Run by way of aligned copies of q and out; K and V are too large to be copied unasked.
 
@@ -164,9 +182,9 @@ def _run_unaligned(
     if not _aligned(q):
         q = q.view(np.uint16).copy(order="C").view(q.dtype)
     if _aligned(target):
-        return run(plan, stream, q, k, v, target, lse, factors)
+        return run(plan, stream, q, k, v, target, lse, factors, sinks)
     result = cupy().empty(out.shape, out.dtype)
-    run(plan, stream, q, k, v, result, lse, factors)
+    run(plan, stream, q, k, v, result, lse, factors, sinks)
     out.view(np.uint16)[...] = result.view(np.uint16)
     return False
 

@@ -33,8 +33,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
     paged_kv_last_page_len_buffer : int32 array [max_batch_size], optional
         With `use_cuda_graph`, where `plan()` puts its arrays, on the device; all of them or none.
         Kernels read the page table from the second.
-    backend : {"auto", "reference", "cuda"}
-        "auto" takes host arrays to the reference backend and device arrays to the GPU.
+    backend : {"auto", "reference", "cuda", "fa2", "fa3"}
+        "auto" takes host arrays to the reference backend and device arrays to the GPU. FlashInfer's
+        names "fa2" and "fa3" mean "cuda".
     jit_args
         Not served; anything but the default raises `NotImplementedError`.
     max_batch_size, max_num_pages : int, optional
@@ -48,15 +49,14 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
     this library's.
 
     Once a run is recorded in a CUDA graph, a plan may have fewer requests than it, but no more, and
-    may change neither heads, dtypes, page size, `q_len_per_req`, `sm_scale`, nor how splits are
-    asked for; the workspace stays. A plan goes to the stream of the buffers, of the workspace, or
-    of the index arrays where they are CuPy's or PyTorch's; else to CuPy's current one, or
-    PyTorch's where CuPy's is the default one. Replay the graph there, or behind it.
+    may change neither heads, dtypes, page size, `q_len_per_req`, `sm_scale`, which features are on,
+    nor how splits are asked for; the workspace stays. A plan goes to the stream of the buffers, of
+    the workspace, or of the index arrays where they are CuPy's or PyTorch's; else to CuPy's current
+    one, or PyTorch's where CuPy's is the default one. Replay the graph there, or behind it.
     """
 
     _names = validate_lengths.DECODE_NAMES
     _rows_are = "requests * q_len_per_req"
-    _head_dim_name = "head_dim"
 
     def __init__(
         self,
@@ -126,15 +126,26 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
             are in the cache, and counted here.
         num_qo_heads, num_kv_heads : int
             The first a multiple of the second.
-        head_dim : {64, 128, 256}
+        head_dim : {64, 96, 128, 256}
         page_size : int
             Tokens of a page.
+        pos_encoding_mode : {"NONE", "ROPE_LLAMA", "ALIBI"}
+            "ROPE_LLAMA" rotates queries and keys by their positions, that of row `i` being
+            `kv_len - q_len_per_req + i`; "ALIBI" biases logits by the distance of row and key.
+        window_left : int
+            Row `i` sees keys from `kv_len - q_len_per_req + i - window_left` on; -1 for all.
+        logits_soft_cap : float, optional
+            Logits `x` become `cap * tanh(x / cap)`, where it is more than 0.
         q_data_type, kv_data_type, o_data_type : dtype or str
-            "float16" or "bfloat16", all three the same; the latter two follow `q_data_type`.
+            "float16" or "bfloat16"; the latter two follow `q_data_type`. K and V may be
+            "float8_e4m3fn" or "float8_e5m2" too, with `k_scale` and `v_scale` of `run()`.
         data_type : dtype or str, optional
             All three at once, `q_data_type` then being left as it is.
         sm_scale : float, optional
             What multiplies `q·k`; by default `1 / sqrt(head_dim)`.
+        rope_scale, rope_theta : float, optional
+            With "ROPE_LLAMA": what positions are divided by, by default 1, and the base of the
+            frequencies, by default 1e4.
         non_blocking : bool
             False: wait until the plan has arrived on the device.
         fixed_split_size : int, optional
@@ -144,8 +155,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         q_len_per_req : int
             Query rows of every request, its last tokens: row `i` of them sees keys up to
             `kv_len - q_len_per_req + i`.
-        pos_encoding_mode, window_left, logits_soft_cap, rope_scale, rope_theta, block_tables, \
-seq_lens
+        block_tables, seq_lens
             Not served yet; anything but the default raises `NotImplementedError`.
 
         Raises
@@ -162,17 +172,7 @@ seq_lens
         CupagedWarning
             Fewer keys than `q_len_per_req` in a request; a page twice in a request.
         """
-        unserved.refuse(
-            unserved.DECODE_PLAN,
-            (
-                window_left,
-                logits_soft_cap,
-                rope_scale,
-                rope_theta,
-                block_tables,
-                seq_lens,
-            ),
-        )
+        unserved.refuse(unserved.DECODE_PLAN, (block_tables, seq_lens))
         if data_type is not None:
             dtype = arrays.dtype_name(data_type, "data_type")
             # q_data_type's default may be what was given.
@@ -194,9 +194,9 @@ seq_lens
             sm_scale,
             dtype_names(q_data_type, kv_data_type, o_data_type),
             self.kv_layout,
-            self._head_dim_name,
+            self._names.head_dim,
             validate.Features(
-                *(window_left, logits_soft_cap, pos_encoding_mode, rope_scale, rope_theta),
+                *(window_left, logits_soft_cap, pos_encoding_mode, rope_scale, rope_theta)
             ),
         )
         lengths = validate_lengths.decode_lengths(
@@ -250,7 +250,8 @@ seq_lens
         paged_kv_cache : (array, array) or array
             `(k, v)`, each `[num_pages, page_size, num_kv_heads, head_dim]` (NHD) or
             `[num_pages, num_kv_heads, page_size, head_dim]` (HND); or both in one array with an
-            axis of size 2 behind the first, `[num_pages, 2, ...]`.
+            axis of size 2 behind the first, `[num_pages, 2, ...]`. The bits of a float8 may come as
+            uint8.
         q_scale, k_scale, v_scale : float, optional
             The first two multiply the logits, the third the output.
         out : array [batch * q_len_per_req, num_qo_heads, head_dim], optional
@@ -261,9 +262,11 @@ seq_lens
             Return the log-sum-exp too.
         lse_base : {"log2", "ln"}
             The logarithm's base.
-        q_len_per_req : int, optional
-            The planned one.
-        enable_pdl, window_left, sinks, skip_softmax_threshold_scale_factor, kv_cache_sf
+        window_left, q_len_per_req : int, optional
+            The planned ones.
+        sinks : float32 array [num_qo_heads], optional
+            Logits of each head's attention sink, which adds `exp(sink)` to the denominator alone.
+        enable_pdl, skip_softmax_threshold_scale_factor, kv_cache_sf
             Not served yet; anything but the default raises `NotImplementedError`.
 
         Returns
@@ -286,8 +289,10 @@ seq_lens
         """
         unserved.refuse(
             unserved.DECODE_RUN,
-            (enable_pdl, window_left, sinks, kv_cache_sf, skip_softmax_threshold_scale_factor),
+            (enable_pdl, kv_cache_sf, skip_softmax_threshold_scale_factor),
         )
+        if window_left is not None:
+            self._check_window(window_left)
         if q_len_per_req is not None and self._plan is not None:
             given = validate.positive_int(q_len_per_req, "q_len_per_req")
             if given != self._q_len_per_req:
@@ -295,5 +300,68 @@ seq_lens
                     f"q_len_per_req = {given}, expected {self._q_len_per_req} as planned"
                 )
         return self._attend(
-            q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, lse_base
+            q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, lse_base, sinks
+        )
+
+    def forward(
+        self,
+        q: Any,
+        paged_kv_cache: Any,
+        pos_encoding_mode: str | None = None,
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        window_left: int | None = None,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """`run()` as FlashInfer once had it, with arguments of `plan()`.
+
+        None stands for what was planned. Other values plan the batch again, once.
+        """
+        features = {
+            "window_left": window_left,
+            "logits_soft_cap": logits_soft_cap,
+            "sm_scale": sm_scale,
+            "rope_scale": rope_scale,
+            "rope_theta": rope_theta,
+        }
+        self._plan_features(None, pos_encoding_mode, features)
+        scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+        return self.run(q, paged_kv_cache, return_lse=return_lse, **scales)
+
+    def forward_return_lse(self, *args: Any, **options: Any) -> Any:
+        """`forward()` with `return_lse=True`."""
+        return self.forward(*args, return_lse=True, **options)
+
+
+class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
+    """A `BatchDecodeWithPagedKVCacheWrapper` with `use_cuda_graph=True` and buffers.
+
+    Parameters
+    ----------
+    workspace_buffer : array
+        Its `float_workspace_buffer`.
+    indptr_buffer, indices_buffer, last_page_len_buffer : int32 array
+        Its `paged_kv_indptr_buffer`, `paged_kv_indices_buffer`, `paged_kv_last_page_len_buffer`.
+    kv_layout : {"NHD", "HND"}
+    use_tensor_cores : bool
+        For FlashInfer's callers; the kernels use tensor cores either way.
+    """
+
+    def __init__(
+        self,
+        workspace_buffer: Any,
+        indptr_buffer: Any,
+        indices_buffer: Any,
+        last_page_len_buffer: Any,
+        kv_layout: str = "NHD",
+        use_tensor_cores: bool = False,
+    ) -> None:
+        super().__init__(
+            *(workspace_buffer, kv_layout, True, use_tensor_cores),
+            *(indptr_buffer, indices_buffer, last_page_len_buffer),
         )

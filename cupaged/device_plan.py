@@ -9,13 +9,19 @@ import struct
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+
 from cupaged import kernels, tensor_maps
 from cupaged.devices import cupy, device_model
 from cupaged.kernel_spec import PARAMS_DTYPE, KernelConfig, field_offset
 from cupaged.schedule import IntArray, Schedule
-from cupaged.spec import AttentionSpec
+from cupaged.spec import DTYPES, RAGGED, AttentionSpec
 from cupaged.staging import Upload, upload
 from cupaged.tensor_maps import TENSOR_MAP_BYTES
+from cupaged.variant_tables import Addresses, mask_tables, spec_tables
+
+_LOG2_E = math.log2(math.e)
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 #: What a launch is given: pointers to its three parameters, and then these.
 PARAMS_BEGIN = 32
@@ -82,6 +88,26 @@ class ReadyLaunch(NamedTuple):
         return memory, address
 
 
+class Transform:
+    """How the factor of the logits is shared out between the softmax and what comes before it.
+
+    See `policy.cuh`: a soft cap multiplies the products with the factor over the cap, and the
+    softmax with the cap; biases are added to logits that have their factor already.
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._cap = spec.logits_soft_cap
+        self._biased = spec.needs.variant.alibi
+        self.is_on = self._biased or self._cap > 0
+
+    def factors(self, logit_scale: float) -> tuple[float, float]:
+        """The softmax's factor and the inner one, for a factor in base 2."""
+        capped = self._cap * _LOG2_E
+        inner = logit_scale / capped if self._cap else logit_scale
+        inner = min(max(inner, -_MAX_FLOAT32), _MAX_FLOAT32)
+        return (1.0 if self._biased else capped), inner
+
+
 class PlacedPlan:
     """What the launches of a plan on one CUDA device need, however its arrays are kept.
 
@@ -91,6 +117,12 @@ class PlacedPlan:
         Axes of K and V behind the pages, in the kernels' order: tokens, heads, elements.
     heads_first : bool
         The layout of K and V is HND.
+    ragged : bool
+        K and V are rows without pages.
+    kv_itemsize : int
+        Bytes of an element of K and V.
+    transform : Transform
+        How the factor of the logits is shared out.
     stream : cupy.cuda.Stream
         Where the plan was uploaded.
     uploaded : cupy.cuda.Event
@@ -107,6 +139,9 @@ class PlacedPlan:
     def __init__(self, spec: AttentionSpec, device: int) -> None:
         self.page_shape = (spec.page_size, spec.num_kv_heads, spec.head_dim_qk)
         self.heads_first = spec.kv_layout == "HND"
+        self.ragged = spec.page_size == RAGGED
+        self.kv_itemsize = DTYPES[spec.kv_dtype].itemsize
+        self.transform = Transform(spec)
         self.device = device
         self.recordable = True
         self._arch = device_model(device).arch
@@ -162,13 +197,16 @@ class DevicePlan(PlacedPlan):
         if needed:
             self._partials = memory(needed) if workspace is None else workspace.data
         self.stream = cupy().cuda.get_current_stream()
-        parts = _parts(schedule, page_indices)
+        tables = _tables(schedule)
+        parts = _parts(schedule, page_indices, tables)
         offsets, counters, size = _layout(schedule, parts)
         self._block = memory(size * 4)
         placed = list(zip(offsets, parts, strict=True))
         self.uploaded = upload([Upload(self._block, size, placed)], device, self.stream)
         begin = self._block.ptr
-        pages, *items = [begin + offset * 4 for offset in offsets]
+        pages, *others = [begin + offset * 4 for offset in offsets]
+        items = others[: len(schedule.launches)]
+        extras = Addresses(**dict(zip(tables, others[len(items) :], strict=True)))
         partials = 0 if self._partials is None else self._partials.ptr
         self.launches = tuple(
             ready(
@@ -180,6 +218,7 @@ class DevicePlan(PlacedPlan):
                 (partials, launch.num_partial_rows(spec)),
                 (begin + counter * 4, begin + (counter + 2) * 4),
                 len(launch.item_fields),
+                extras,
             )
             for launch, kernel, item, counter in zip(
                 schedule.launches, loaded, items, counters, strict=True
@@ -187,10 +226,18 @@ class DevicePlan(PlacedPlan):
         )
 
 
-def _parts(schedule: Schedule, page_indices: IntArray) -> list[IntArray]:
-    """What a plan uploads: pages, and each launch's items."""
+def _tables(schedule: Schedule) -> dict[str, IntArray]:
+    """What the plan's variants read."""
+    tables = spec_tables(schedule.spec)
+    return tables if schedule.mask is None else {**tables, **mask_tables(schedule.mask)}
+
+
+def _parts(
+    schedule: Schedule, page_indices: IntArray, tables: dict[str, IntArray]
+) -> list[IntArray]:
+    """What a plan uploads: pages, each launch's items, and its variants' tables."""
     items = [launch.item_fields.reshape(-1) for launch in schedule.launches]
-    return [page_indices, *items]
+    return [page_indices, *items, *tables.values()]
 
 
 def _layout(schedule: Schedule, parts: list[IntArray]) -> tuple[list[int], list[int], int]:
@@ -216,7 +263,7 @@ def ready(
     partials: tuple[int, int],
     counters: tuple[int, int],
     num_items: int,
-    extras: tuple[int, int, int, int] = (0, 0, 0, 0),
+    extras: Addresses,
 ) -> ReadyLaunch:
     """A launch with all that a plan decides.
 
@@ -235,9 +282,8 @@ def ready(
         Addresses of the work counters and of the merge counters.
     num_items : int
         -1 where the third work counter has it.
-    extras : tuple of int
-        Addresses of what variants read: the mask's bits, where each request's begin, the slopes of
-        ALiBi, the turns of RoPE.
+    extras : Addresses
+        What variants read.
     """
     address, rows = partials
     work_counters, merge_counters = counters
@@ -280,5 +326,5 @@ def _numbers(spec: AttentionSpec) -> tuple[float, ...]:
         spec.window_left,
         *magic(spec.gqa_group_size),
         *magic(spec.page_size),
-        spec.logits_soft_cap * math.log2(math.e),
+        spec.logits_soft_cap * _LOG2_E,
     )

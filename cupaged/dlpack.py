@@ -1,6 +1,6 @@
-"""Reads a host DLPack capsule as a NumPy array, in dtypes that `numpy.from_dlpack` refuses.
+"""Reads DLPack capsules in dtypes that `numpy.from_dlpack` and `cupy.from_dlpack` refuse.
 
-The capsule is never renamed ("consumed"): it stays with the array as its base, so that the
+A host tensor's capsule is never renamed ("consumed"): it stays with the array as its base, so that the
 destructor that its producer gave it calls the deleter, once, when the last view is gone.
 """
 
@@ -29,6 +29,8 @@ _DTYPES: dict[tuple[int, int], np.dtype[Any]] = {
     (10, 8): np.dtype(ml_dtypes.float8_e4m3fn),
     (12, 8): np.dtype(ml_dtypes.float8_e5m2),
 }
+_UINT = 1  # DLDataTypeCode
+_FLOAT8 = ((10, 8), (12, 8))
 
 
 class _Tensor(ctypes.Structure):
@@ -74,6 +76,48 @@ class _Base:
         self.__array_interface__ = interface
 
 
+def _tensor_of(capsule: object) -> tuple[_Tensor, bool]:
+    """The tensor of a capsule that is not consumed, and whether it is read-only."""
+    if _capsule_is_valid(capsule, b"dltensor_versioned"):
+        managed = _ManagedTensorVersioned.from_address(
+            _capsule_pointer(capsule, b"dltensor_versioned")
+        )
+        if managed.major > _MAJOR_VERSION:
+            raise BufferError(f"DLPack {managed.major}.{managed.minor}, expected at most 1.x")
+        return managed.tensor, bool(managed.flags & _READ_ONLY)
+    if _capsule_is_valid(capsule, b"dltensor"):
+        # DLManagedTensor begins with its DLTensor.
+        return _Tensor.from_address(_capsule_pointer(capsule, b"dltensor")), False
+    raise BufferError(f"{capsule!r} is not an unconsumed DLPack capsule")
+
+
+def as_bytes(capsule: object) -> np.dtype[Any] | None:
+    """Let a capsule of float8 say that it holds uint8, which CuPy can read.
+
+    Parameters
+    ----------
+    capsule : PyCapsule
+        As an array's `__dlpack__()` gave it, and not consumed by anyone: who has it may write to
+        it.
+
+    Returns
+    -------
+    numpy.dtype or None
+        What it holds; None where that is not float8, and the capsule is as it was.
+
+    Raises
+    ------
+    BufferError
+        Not such a capsule, or of a later major version.
+    """
+    tensor, _ = _tensor_of(capsule)
+    kind = (tensor.dtype_code, tensor.dtype_bits)
+    if kind not in _FLOAT8:
+        return None
+    tensor.dtype_code = _UINT
+    return _DTYPES[kind]
+
+
 def host_array(capsule: object) -> np.ndarray[Any, np.dtype[Any]]:
     """View the host tensor of a DLPack capsule as a NumPy array.
 
@@ -95,21 +139,7 @@ def host_array(capsule: object) -> np.ndarray[Any, np.dtype[Any]]:
     NotImplementedError
         A dtype without a NumPy counterpart in the table above.
     """
-    read_only = False
-    if _capsule_is_valid(capsule, b"dltensor_versioned"):
-        managed = _ManagedTensorVersioned.from_address(
-            _capsule_pointer(capsule, b"dltensor_versioned")
-        )
-        if managed.major > _MAJOR_VERSION:
-            raise BufferError(f"DLPack {managed.major}.{managed.minor}, expected at most 1.x")
-        read_only = bool(managed.flags & _READ_ONLY)
-        tensor = managed.tensor
-    elif _capsule_is_valid(capsule, b"dltensor"):
-        # DLManagedTensor begins with its DLTensor.
-        tensor = _Tensor.from_address(_capsule_pointer(capsule, b"dltensor"))
-    else:
-        raise BufferError(f"{capsule!r} is not an unconsumed DLPack capsule")
-
+    tensor, read_only = _tensor_of(capsule)
     if tensor.device_type not in HOST:
         raise BufferError(f"DLPack device type {tensor.device_type} is not host memory")
     dtype = _DTYPES.get((tensor.dtype_code, tensor.dtype_bits))

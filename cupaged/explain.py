@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cupaged import heuristics, tiles
+from cupaged.extents import seen
 from cupaged.kernel_spec import KernelConfig
-from cupaged.schedule import Launch, Lengths, Schedule
+from cupaged.schedule import Launch, Schedule
 from cupaged.spec import AttentionSpec
 
 FloatArray = npt.NDArray[np.float64]
@@ -102,20 +103,21 @@ def finish_times(costs: FloatArray, grid: int) -> FloatArray:
 def _batch_lines(schedule: Schedule) -> list[str]:
     spec, lengths, device = schedule.spec, schedule.lengths, schedule.device
     batch = len(lengths.qo_len)
-    mask = "causal" if spec.causal else "full"
+    kind = "causal" if spec.causal else "full"
     head_rows = (
         f"{_count(spec.num_qo_heads, 'query head')} over {_count(spec.num_kv_heads, 'KV head')}"
     )
     lines = [
-        f"batch of {_count(batch, 'request')}, {mask} attention, {spec.dtype}",
+        f"batch of {_count(batch, 'request')}, {kind} attention, {spec.dtype}",
         _line(
             "heads",
             f"{head_rows} (groups of {spec.gqa_group_size}), head_dim {_head_dims(spec)}",
         ),
+        *_variant_lines(schedule),
     ]
     if batch:
         pages = int(lengths.paged_kv_indptr[-1])
-        pairs = _visible_pairs(spec, lengths)
+        pairs = _visible_pairs(schedule)
         flop = 2.0 * (spec.head_dim_qk + spec.head_dim_vo) * spec.num_qo_heads * pairs
         lines += [
             _line("queries", _spread(lengths.qo_len)),
@@ -135,6 +137,28 @@ def _batch_lines(schedule: Schedule) -> list[str]:
     )
     # Launches follow each other on one stream, and use the same memory.
     lines.append(_line("workspace", f"{schedule.workspace_bytes:,} bytes for partial states"))
+    return lines
+
+
+def _variant_lines(schedule: Schedule) -> list[str]:
+    """What the plan has on beside plain attention."""
+    spec = schedule.spec
+    lines = []
+    if spec.kv_dtype != spec.dtype:
+        lines.append(_line("K and V", spec.kv_dtype))
+    if spec.window_left >= 0:
+        before = _count(spec.window_left, "key")
+        lines.append(_line("window", f"a row sees no more than {before} before its own position"))
+    if schedule.mask is not None:
+        lines.append(_line("mask", f"{len(schedule.mask.bits):,} bytes, a bit for a row and a key"))
+    if spec.logits_soft_cap > 0:
+        cap = f"{spec.logits_soft_cap:g}"
+        lines.append(_line("soft cap", f"logits become {cap} * tanh(logit / {cap})"))
+    if spec.pos_encoding_mode == "ALIBI":
+        lines.append(_line("positions", "ALIBI: logits are biased by the distance to the key"))
+    if spec.pos_encoding_mode == "ROPE_LLAMA":
+        factors = f"rope_scale {spec.rope_scale:g}, rope_theta {spec.rope_theta:g}"
+        lines.append(_line("positions", f"ROPE_LLAMA: q and k are rotated; {factors}"))
     return lines
 
 
@@ -162,6 +186,7 @@ def _launch_lines(schedule: Schedule, launch: Launch) -> list[str]:
             f"({used:.0%} of the rows used); x {_count(spec.num_kv_heads, 'KV head')}: "
             f"{_count(len(costs), 'piece')}",
         ),
+        *_dropped_lines(schedule, launch, first_splits),
         _line("splits", _split_words(launch, first_splits)),
         _line("workspace", f"{launch.partial_bytes(schedule.spec):,} bytes"),
         _line(
@@ -266,14 +291,58 @@ def _split_words(launch: Launch, first_splits: npt.NDArray[np.void]) -> str:
     )
 
 
-def _visible_pairs(spec: AttentionSpec, lengths: Lengths) -> int:
+def _dropped_lines(
+    schedule: Schedule, launch: Launch, first_splits: npt.NDArray[np.void]
+) -> list[str]:
+    """How many KV tiles a window and a mask save."""
+    spec, config = schedule.spec, launch.config
+    if spec.window_left < 0 and schedule.mask is None:
+        return []
+    kv_len = first_splits["kv_len"].astype(np.int64)
+    if spec.causal:
+        # The keys that each query tile's last row sees.
+        row_end = first_splits["row_begin"] + config.cta_tile_q
+        queries = np.minimum(-(-row_end // spec.gqa_group_size), first_splits["qo_len"])
+        kv_len = np.maximum(kv_len - first_splits["qo_len"] + queries, 0)
+    split_size = int(kv_len.max()) + 1
+    if schedule.fixed_split_size is not None:
+        split_size = min(schedule.fixed_split_size * spec.page_size, split_size)
+    in_split = -(-split_size // config.cta_tile_kv)
+    there = kv_len // split_size * in_split + -(-(kv_len % split_size) // config.cta_tile_kv)
+    items = launch.items
+    loaded = -(-(items["kv_end"] - items["kv_begin"]) // config.cta_tile_kv)
+    dropped = int(there.sum()) - int(loaded.sum())
+    return [
+        _line(
+            "dropped",
+            f"{dropped:,} of {_count(int(there.sum()), 'KV tile')} of query tiles: hidden whole, "
+            "and not loaded",
+        )
+    ]
+
+
+def _visible_pairs(schedule: Schedule) -> int:
     """Pairs (query row, visible key) of the whole batch, for one head."""
+    spec, lengths, mask = schedule.spec, schedule.lengths, schedule.mask
+    if mask is not None:
+        pairs = zip(lengths.qo_len.tolist(), lengths.kv_len.tolist(), strict=True)
+        return sum(
+            int(np.count_nonzero(block))
+            for request, (qo_len, kv_len) in enumerate(pairs)
+            for block in seen(spec, mask, request, qo_len, kv_len)
+        )
     qo_len, kv_len = lengths.qo_len.astype(np.int64), lengths.kv_len.astype(np.int64)
-    if not spec.causal:
-        return int((qo_len * kv_len).sum())
-    # The last min(qo_len, kv_len) rows see kv_len, kv_len - 1, ... keys, from the last row up.
-    seeing = np.minimum(qo_len, kv_len)
-    return int((seeing * kv_len - seeing * (seeing - 1) // 2).sum())
+    visible = _staircase(qo_len, kv_len) if spec.causal else int((qo_len * kv_len).sum())
+    if spec.window_left >= 0:
+        # What lies to the left of the window: of the last row all but so many keys.
+        visible -= _staircase(qo_len, np.maximum(kv_len - 1 - spec.window_left, 0))
+    return visible
+
+
+def _staircase(rows: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> int:
+    """Keys in all of which the last row has `last`, the row before it one less, down to none."""
+    steps = np.minimum(rows, last)
+    return int((steps * last - steps * (steps - 1) // 2).sum())
 
 
 def _histogram(finish: FloatArray) -> list[str]:

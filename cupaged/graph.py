@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cupaged import backend, schedule, validate_lengths
+from cupaged import backend, schedule
 from cupaged.frames import Frame, bytes_of_a_partial, make_frame
 from cupaged.graph_buffers import GraphBuffers
 from cupaged.graph_plan import GraphPlan
@@ -13,8 +14,14 @@ from cupaged.schedule import IntArray, Lengths, Schedule
 from cupaged.spec import AttentionSpec
 from cupaged.validate_lengths import Names
 
+if TYPE_CHECKING:
+    from cupaged.masks import CustomMask
+
 #: Fields of a spec that `plan()` calls otherwise.
-_ARGUMENTS = {"dtype": "q_data_type"}
+_ARGUMENTS = {"dtype": "q_data_type", "kv_dtype": "kv_data_type"}
+
+#: Refuses a page table, whose highest number is given, of more pages than a cache has.
+CheckRange: TypeAlias = Callable[[IntArray, int, Lengths, int], None]
 
 
 class Graph:
@@ -68,8 +75,10 @@ class Graph:
         splits: tuple[int | None, bool],
         equal_rows: int | None,
         device: int,
+        mask: CustomMask | None,
         workspace: Any | None,
         names: Names,
+        check_range: CheckRange,
     ) -> backend.Plan:
         """A plan in the place of the one before.
 
@@ -85,10 +94,13 @@ class Graph:
             Rows of q that every request has.
         device : int
             CUDA device, the current one.
+        mask : CustomMask, optional
         workspace : cupy.ndarray, optional
             The caller's bytes for partial states.
         names : Names
             What the call names its arrays.
+        check_range : callable
+            How the page table is checked against the caches of recorded runs.
 
         Raises
         ------
@@ -96,11 +108,10 @@ class Graph:
             The plan doesn't fit the buffers, or what was recorded.
         """
         self._check_size(lengths, len(page_indices), names)
+        self._check_mask(mask)
         if self._recorded is not None:
-            self._check_recorded(spec, lengths, splits, equal_rows, device)
-            validate_lengths.page_range(
-                page_indices, highest_page, lengths, self._recorded[1], names
-            )
+            self._check_recorded(spec, lengths, splits, equal_rows, device, names)
+            check_range(page_indices, highest_page, lengths, self._recorded[1])
         model = backend.device_model(device)
         max_rows = max(self._max_rows, lengths.nnz_qo)
         if equal_rows is not None:
@@ -113,7 +124,7 @@ class Graph:
                 *(spec, model, self.buffers.max_batch, max_rows, self.buffers.max_pages),
                 *(equal_rows, splits, None if workspace is None else workspace.nbytes),
             )
-        built = schedule.build(spec, lengths, model, *splits, frame)
+        built = schedule.build(spec, lengths, model, *splits, frame, mask)
         _check_partials(built, frame, workspace)
         if not fits:
             self._placed = GraphPlan(spec, frame, self.buffers, device, workspace)
@@ -136,6 +147,21 @@ class Graph:
                 f"the buffers of use_cuda_graph=True are for so many pages"
             )
 
+    def _check_mask(self, mask: CustomMask | None) -> None:
+        if mask is None:
+            return
+        if self.buffers.custom_mask is None:
+            raise ValueError(
+                "a custom mask with use_cuda_graph=True: expected custom_mask_buf and "
+                "mask_indptr_buf, which the constructor takes"
+            )
+        have = len(self.buffers.custom_mask)
+        if len(mask.bits) > have:
+            raise ValueError(
+                f"the custom mask takes {len(mask.bits)} bytes, packed, expected at most {have}: "
+                "custom_mask_buf has so many"
+            )
+
     def _check_recorded(
         self,
         spec: AttentionSpec,
@@ -143,14 +169,17 @@ class Graph:
         splits: tuple[int | None, bool],
         equal_rows: int | None,
         device: int,
+        names: Names,
     ) -> None:
         """Refuse what a recorded run can't follow."""
         assert self._recorded is not None
         before, splits_before, rows_before, device_before, _ = self._made_for
         changes = [("q_len_per_req", rows_before, equal_rows)]  # on which `causal` depends
+        arguments = _ARGUMENTS | {"head_dim_qk": names.head_dim}
         changes += [
-            (_ARGUMENTS.get(name, name), getattr(before, name), getattr(spec, name))
-            for name in (field.name for field in fields(AttentionSpec))
+            (arguments.get(field.name, field.name), *(getattr(x, field.name) for x in (before, spec)))
+            for field in fields(AttentionSpec)
+            if field.compare
         ]
         changes += [
             ("fixed_split_size", splits_before[0], splits[0]),

@@ -16,6 +16,7 @@ from cupaged.schedule import IntArray, Schedule
 from cupaged.spec import AttentionSpec
 from cupaged.staging import Upload, upload
 from cupaged.tiles import slots
+from cupaged.variant_tables import Addresses, spec_tables, words
 
 #: Counters of a launch, see `params.cuh`: two work counters, and the number of its items. In int32.
 _HEADER = 4
@@ -70,6 +71,15 @@ class GraphPlan(PlacedPlan):
         self.stream = cupy().cuda.get_current_stream()
         # Kernels leave them as zeros.
         self._merge_counters.memset_async(0, max(4 * sum(merges), 1), self.stream)
+        tables = spec_tables(spec)
+        self._tables = {name: memory(4 * len(table)) for name, table in tables.items()}
+        if tables:
+            uploads = [_whole(self._tables[name], table) for name, table in tables.items()]
+            upload(uploads, device, self.stream)
+        extras = Addresses(**{name: table.ptr for name, table in self._tables.items()})
+        if buffers.custom_mask is not None:
+            mask, begins = buffers.custom_mask.data.ptr, buffers.mask_indptr.data.ptr
+            extras = extras._replace(mask_bits=mask, mask_begin=begins)
         self._configs = [room.config for room in rooms]
         model = device_model(device)
         base = self._block.ptr
@@ -83,6 +93,7 @@ class GraphPlan(PlacedPlan):
                 (self._partials.ptr, room.partials * spec.num_kv_heads * room.config.cta_tile_q),
                 (base + i * _HEADER * 4, self._merge_counters.ptr + sum(merges[:i]) * 4),
                 -1,
+                extras,
             )
             for i, (room, kernel, items) in enumerate(zip(rooms, loaded, self._items, strict=True))
         )
@@ -114,6 +125,9 @@ class GraphPlan(PlacedPlan):
             uploads.append(_whole(buffers.last_page_len.data, _last_page_len(schedule)))
         if buffers.qo_indptr is not None:
             uploads.append(_whole(buffers.qo_indptr.data, lengths.qo_indptr))
+        if schedule.mask is not None:
+            uploads.append(_whole(buffers.custom_mask.data, words(schedule.mask.bits)))
+            uploads.append(_whole(buffers.mask_indptr.data, schedule.mask.indptr))
         stream = cupy().cuda.get_current_stream()
         if stream.ptr != self.stream.ptr:
             # Runs on other streams hold that of their plan back: behind it, nobody reads any more.

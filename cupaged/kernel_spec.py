@@ -154,6 +154,10 @@ class KernelConfig:
         return {
             "HEAD_DIM_QK": self.head_dim_qk,
             "HEAD_DIM_VO": self.head_dim_vo,
+            "Q_ROW_BYTES": padded_row_bytes(self.head_dim_qk, self.dtype),
+            "K_ROW_BYTES": padded_row_bytes(self.head_dim_qk, self.kv_dtype),
+            "V_ROW_BYTES": padded_row_bytes(self.head_dim_vo, self.kv_dtype),
+            "O_ROW_BYTES": padded_row_bytes(self.head_dim_vo, self.dtype),
             "CTA_TILE_Q": self.cta_tile_q,
             "CTA_TILE_KV": self.cta_tile_kv,
             "WARPS_Q": self.warps_q,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -12,9 +12,13 @@ from cupaged import arrays, schedule, validate, validate_lengths, validate_run
 from cupaged import backend as backend_room
 from cupaged.graph import Graph
 from cupaged.graph_buffers import GraphBuffers
+from cupaged.replan import replan
 from cupaged.schedule import Lengths
 from cupaged.spec import DTYPES, AttentionSpec, KVLayout
 from cupaged.validate_lengths import Names
+
+if TYPE_CHECKING:
+    from cupaged.masks import CustomMask
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -35,11 +39,11 @@ class PagedAttention:
         What a plan may hold at most whose run is recorded in a CUDA graph; None where none is.
     """
 
-    #: What `plan()` calls its arrays, where the number of q's rows comes from, and what `plan()`
-    #: calls head_dim.
+    #: What `plan()` calls its arguments, and where the number of q's rows comes from.
     _names: ClassVar[Names]
     _rows_are: ClassVar[str]
-    _head_dim_name: ClassVar[str]
+    #: What `run()` calls K and V.
+    _kv_names: ClassVar[tuple[str, str]] = ("k cache", "v cache")
 
     run: Callable[..., Any]
 
@@ -51,9 +55,9 @@ class PagedAttention:
         graph_buffers: GraphBuffers | None,
     ) -> None:
         self.kv_layout = cast(KVLayout, validate.choice(kv_layout, "kv_layout", ("NHD", "HND")))
-        self._backend = cast(
-            backend_room.Backend, validate.choice(backend, "backend", backend_room.BACKENDS)
-        )
+        known = (*backend_room.BACKENDS, *backend_room.ALIASES)
+        chosen = validate.choice(backend, "backend", known)
+        self._backend = cast(backend_room.Backend, backend_room.ALIASES.get(chosen, chosen))
         if graph_buffers is not None and backend == "reference":
             raise ValueError("use_cuda_graph=True with backend='reference', which launches nothing")
         self._graph = None if graph_buffers is None else Graph(graph_buffers)
@@ -104,6 +108,7 @@ class PagedAttention:
         disable_split_kv: Any,
         non_blocking: Any,
         equal_rows: int | None = None,
+        mask: CustomMask | None = None,
     ) -> None:
         """The rest of `plan()`, once the lengths are known.
 
@@ -119,24 +124,46 @@ class PagedAttention:
             As the caller gave them.
         equal_rows : int, optional
             Rows of q of every request, where they can't be anything else.
+        mask : CustomMask, optional
         """
-        disable_split_kv = validate.flag(disable_split_kv, "disable_split_kv")
-        non_blocking = validate.flag(non_blocking, "non_blocking")
-        if fixed_split_size is not None:
-            fixed_split_size = validate.positive_int(fixed_split_size, "fixed_split_size")
-            if disable_split_kv:
-                raise ValueError("fixed_split_size and disable_split_kv exclude each other")
         names = self._names
+        choices = validate.plan_choices(fixed_split_size, disable_split_kv, non_blocking)
         pages, highest = validate_lengths.page_indices(
             arrays.import_index(indices, names.indices), lengths, names
         )
         validate_lengths.warn_of_mistakes(spec, lengths, pages, highest, names)
+        self._schedule(spec, lengths, pages, highest, index_arrays, choices, equal_rows, mask)
+
+    def _schedule(
+        self,
+        spec: AttentionSpec,
+        lengths: Lengths,
+        pages: schedule.IntArray,
+        highest: int,
+        index_arrays: tuple[Any, ...],
+        choices: validate.PlanChoices,
+        equal_rows: int | None = None,
+        mask: CustomMask | None = None,
+    ) -> None:
+        """The rest of `_take()`, once the page table is known to be right.
+
+        Parameters
+        ----------
+        pages : int32 array
+            The page table.
+        highest : int
+            What `_check_range()` compares with.
+        choices : PlanChoices
+        spec, lengths, index_arrays, equal_rows, mask
+            As `_take()` takes them.
+        """
+        splits = (choices.fixed_split_size, choices.disable_split_kv)
         device, stream = self.planning_place(index_arrays)
-        splits = (fixed_split_size, disable_split_kv)
         if device is not None:
             backend_room.refuse_recording(stream)
         if self._graph is None:
-            built = schedule.build(spec, lengths, backend_room.device_model(device), *splits)
+            model = backend_room.device_model(device)
+            built = schedule.build(spec, lengths, model, *splits, mask=mask)
             if self._workspace is not None:
                 validate_run.workspace_size(self._workspace, built.workspace_bytes)
             plan = backend_room.Plan(built, pages, highest, self._workspace)
@@ -147,11 +174,11 @@ class PagedAttention:
             assert device is not None  # which planning_place() has seen to
             with arrays.on(device, stream):
                 plan = self._graph.plan(
-                    *(spec, lengths, pages, highest, splits),
-                    *(equal_rows, device, self._workspace, names),
+                    *(spec, lengths, pages, highest, splits, equal_rows, device, mask),
+                    *(self._workspace, self._names, self._check_range),
                 )
                 placed = plan.on_device(device)
-        if device is not None and not non_blocking:
+        if device is not None and not choices.non_blocking:
             placed.wait()
         self._plan = plan
 
@@ -161,8 +188,11 @@ class PagedAttention:
         Those of the workspace or of an index array; where all are on the host, the current ones.
         """
         if self._graph is not None and self._graph.buffers.owner is not None:
-            owner = self._graph.buffers.owner
-            device = arrays.device_id(self._graph.buffers.indices)
+            buffers = self._graph.buffers
+            owner = buffers.owner
+            device = arrays.device_id(
+                buffers.custom_mask if buffers.indices is None else buffers.indices
+            )
             if self._workspace is not None:
                 validate_run.workspace_device(self._workspace, device, "the buffers are")
             return device, arrays.caller_stream(owner)
@@ -191,6 +221,31 @@ class PagedAttention:
                 stream = arrays.torch_stream(device)
         return device, stream
 
+    def _keys_and_values(self, cache: Any, q: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
+        """K and V as `run()` was given them, imported and checked, and what `_check_range()` asks.
+
+        Parameters
+        ----------
+        cache
+            As the caller gave it.
+        q : array
+            The caller's, on whose stream they will be read.
+        spec : AttentionSpec
+        """
+        return validate_run.cache(import_cache(cache, q), spec)
+
+    def _check_range(
+        self, pages: schedule.IntArray, highest: int, lengths: Lengths, num_pages: int
+    ) -> None:
+        """Refuse a page table of more than what `_keys_and_values()` found there to be."""
+        validate_lengths.page_range(pages, highest, lengths, num_pages, self._names)
+
+    def _check_window(self, window_left: Any) -> None:
+        """Refuse a window that isn't the planned one."""
+        if self._plan is not None:
+            planned = self._plan.schedule.spec.window_left
+            validate.window_as_planned(window_left, planned)
+
     def _attend(
         self,
         q: Any,
@@ -202,6 +257,7 @@ class PagedAttention:
         lse: Any,
         return_lse: Any,
         lse_base: Any,
+        sinks: Any = None,
     ) -> Any:
         """The rest of `run()`, once what is not served has been refused."""
         plan = self._plan
@@ -209,18 +265,19 @@ class PagedAttention:
             raise RuntimeError("run() before plan()")
         spec = plan.schedule.spec
         queries = arrays.import_tensor(q, "q")
-        keys, values, num_pages = validate_run.cache(import_cache(paged_kv_cache, q), spec)
+        keys, values, num_pages = self._keys_and_values(paged_kv_cache, q, spec)
         num_rows = validate_run.query(
-            *(queries, spec, plan.nnz_qo, self._rows_are, self._head_dim_name),
+            *(queries, spec, plan.nnz_qo, self._rows_are, self._names.head_dim),
             more=self._graph is not None,
         )
-        device = validate_run.one_device(queries, keys, values)
+        device = validate_run.one_device(queries, keys, values, self._kv_names)
         validate_run.backend_serves(self._backend, device)
         if plan.workspace is not None:
             validate_run.workspace_device(plan.workspace, device, "q is")
-        validate_lengths.page_range(
-            plan.page_indices, plan.highest_page, plan.schedule.lengths, num_pages, self._names
-        )
+        self._check_range(plan.page_indices, plan.highest_page, plan.schedule.lengths, num_pages)
+        if sinks is not None:
+            sinks = arrays.import_tensor(sinks, "sinks", q)
+            validate_run.sinks(sinks, spec, device)
         factors = (
             LOG2_E * validate.logit_scale(spec.sm_scale, q_scale, k_scale),
             1.0 if v_scale is None else validate.scale(v_scale, "v_scale"),
@@ -248,7 +305,7 @@ class PagedAttention:
             # Without rows there is nothing to launch, unless another plan has them.
             if plan.nnz_qo or (self._graph is not None and num_rows):
                 tensors = (queries, keys, values, result, result_lse)
-                if plan.run(device, stream, tensors, factors):
+                if plan.run(device, stream, tensors, factors, sinks):
                     self._note_recorded(plan, num_rows, num_pages)
             if out is None:
                 out = arrays.export(result, q)
@@ -284,6 +341,12 @@ class PagedAttention:
             As `run()` does.
         """
         return self.run(q, paged_kv_cache, return_lse=True, **options)
+
+    def _plan_features(self, causal: Any, mode: Any, features: dict[str, Any]) -> None:
+        """Plan the same batch with the features that `forward()` names, as `replan` takes them."""
+        if self._plan is not None:
+            fixed = self._graph is not None
+            self._plan = replan(self._plan, self._names.head_dim, causal, mode, features, fixed)
 
     def explain(self) -> str:
         """The plan as text: tiles, splits, work for each thread block, predicted imbalance.

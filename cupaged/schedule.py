@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cupaged import heuristics
+from cupaged import extents, heuristics, splits
+from cupaged.extents import CustomMask
 from cupaged.frames import Frame
+from cupaged.item_table import (
+    ITEM_FIELDS,
+    KV_BEGIN,
+    KV_END,
+    KV_LEN,
+    MERGE,
+    NUM_SPLITS,
+    PAGE_BEGIN,
+    QO_BEGIN,
+    QO_LEN,
+    REQUEST,
+    ROW_BEGIN,
+    ceil_div,
+    counting,
+    int32,
+    longest_first,
+)
 from cupaged.kernel_spec import ITEM_DTYPE, KernelConfig
 from cupaged.spec import AttentionSpec, DeviceModel
 from cupaged.tiles import Shape, kernel_config, slots
 
 IntArray = npt.NDArray[np.int32]
-
-_ITEM_FIELDS = ITEM_DTYPE.itemsize // 4
-# Columns of the items while they are a plain array.
-_REQUEST, _ROW_BEGIN, _KV_BEGIN, _KV_END, _SPLIT, _NUM_SPLITS, _FIRST_PARTIAL, _MERGE = range(8)
-_QO_BEGIN, _QO_LEN, _KV_LEN, _PAGE_BEGIN = range(8, _ITEM_FIELDS)
-_UINT16_MAX = 2**16 - 1
-_MAX_SPLIT = 2**30  # no request has more keys
 
 
 class Lengths(NamedTuple):
@@ -58,7 +68,7 @@ class Launch(NamedTuple):
     num_partials : int
         Partial-state slots its items write; one holds `cta_tile_q` rows for every KV head.
     num_merges : int
-        Query tiles that are split, each merged by whichever of its splits ends last.
+        Query tiles of several items, each merged by whichever of them ends last.
     """
 
     config: KernelConfig
@@ -95,6 +105,7 @@ class Schedule(NamedTuple):
     disable_split_kv : bool
     launches : tuple of Launch
         At most one for each shape of query tile; empty where there is no query row.
+    mask : CustomMask, optional
     """
 
     spec: AttentionSpec
@@ -103,6 +114,7 @@ class Schedule(NamedTuple):
     fixed_split_size: int | None
     disable_split_kv: bool
     launches: tuple[Launch, ...]
+    mask: CustomMask | None = None
 
     @property
     def workspace_bytes(self) -> int:
@@ -118,11 +130,14 @@ def build(
     fixed_split_size: int | None = None,
     disable_split_kv: bool = False,
     frame: Frame | None = None,
+    mask: CustomMask | None = None,
 ) -> Schedule:
     """Divide a ragged batch into work items.
 
     Every (query row, visible key, head) is covered by exactly one item. With `fixed_split_size`
-    or `disable_split_kv`, a request's items don't depend on the rest of the batch.
+    or `disable_split_kv`, a request's items don't depend on the rest of the batch. Under a window
+    or a mask, no item has a KV tile that all of its rows are blind to; where a query tile's mask
+    has such holes, each run of KV tiles between them is a split.
 
     Parameters
     ----------
@@ -132,15 +147,18 @@ def build(
     fixed_split_size : int, optional
         Pages of a split.
     disable_split_kv : bool
-        Never split.
+        Never split a run.
     frame : Frame, optional
-        What the batch must fit.
+        What the batch must fit. A mask's holes are items' work then, as there is no room for more
+        items.
+    mask : CustomMask, optional
     """
     launches = []
+    narrowed = mask is not None or spec.window_left >= 0
     # Bits may depend on the batch only where the caller has not asked that they don't.
     by_request = fixed_split_size is not None or disable_split_kv
     if lengths.nnz_qo:
-        packed_len = lengths.qo_len * _int32(spec.gqa_group_size)
+        packed_len = lengths.qo_len * int32(spec.gqa_group_size)
         fewest, most = int(packed_len[packed_len.argmin()]), int(packed_len[packed_len.argmax()])
         members = _members(spec, lengths, device, packed_len, (fewest, most), by_request, frame)
         for shape, chosen in members.items():
@@ -148,11 +166,15 @@ def build(
             num_slots = slots(config, device)
             one_each = fewest > 0 and most <= config.cta_tile_q
             tiles, kv_tiles = _query_tiles(spec, lengths, packed_len, chosen, one_each, config)
-            order = _longest_first(kv_tiles)
             split_size, first = None, 0
             if fixed_split_size is not None:
-                split_size = min(fixed_split_size * spec.page_size, _MAX_SPLIT)
-            elif not disable_split_kv:
+                split_size = min(fixed_split_size * spec.page_size, splits.MAX_SPLIT)
+            if narrowed:
+                # There is room in a frame for a run of each query tile.
+                one_run = frame is not None
+                tiles, kv_tiles = _visible_runs(spec, config, tiles, mask, split_size, one_run)
+            order = longest_first(kv_tiles)
+            if split_size is None and not disable_split_kv:
                 split = heuristics.choose_split(
                     kv_tiles, order, spec.num_kv_heads, num_slots, shape == "long"
                 )
@@ -160,9 +182,15 @@ def build(
                     split_size, first = split.kv_tiles * config.cta_tile_kv, split.first
             tiles = tiles.take(order, axis=0)
             most_partials = None if frame is None or by_request else frame[shape].partials
-            launches.append(
-                _launch(spec, config, tiles, split_size, first, num_slots, most_partials)
-            )
+            chosen_split = (split_size, first)
+            if narrowed:
+                from_zero = fixed_split_size is not None
+                launch = _launch_of_runs(
+                    spec, config, tiles, chosen_split, from_zero, num_slots, most_partials
+                )
+            else:
+                launch = _launch(spec, config, tiles, *chosen_split, num_slots, most_partials)
+            launches.append(launch)
     return Schedule(
         spec,
         device,
@@ -170,6 +198,7 @@ def build(
         fixed_split_size,
         disable_split_kv,
         tuple(launches),
+        mask,
     )
 
 
@@ -217,6 +246,7 @@ def rebuild(schedule: Schedule, device: DeviceModel) -> Schedule:
         device,
         schedule.fixed_split_size,
         schedule.disable_split_kv,
+        mask=schedule.mask,
     )
 
 
@@ -247,34 +277,34 @@ def _query_tiles(
         qo_begin, page_begin = qo_begin[chosen], page_begin[chosen]
     batch = len(packed_len)
     # Each request as the last of its tiles, which sees all of its keys.
-    tiles = np.zeros((batch, _ITEM_FIELDS), np.int32)
-    tiles[:, _REQUEST] = _counting(batch) if chosen is None else chosen
-    tiles[:, _KV_END] = extent
-    tiles[:, _NUM_SPLITS] = 1
-    tiles[:, _QO_BEGIN] = qo_begin
-    tiles[:, _QO_LEN] = qo_len
-    tiles[:, _KV_LEN] = extent
-    tiles[:, _PAGE_BEGIN] = page_begin
+    tiles = np.zeros((batch, ITEM_FIELDS), np.int32)
+    tiles[:, REQUEST] = counting(batch) if chosen is None else chosen
+    tiles[:, KV_END] = extent
+    tiles[:, NUM_SPLITS] = 1
+    tiles[:, QO_BEGIN] = qo_begin
+    tiles[:, QO_LEN] = qo_len
+    tiles[:, KV_LEN] = extent
+    tiles[:, PAGE_BEGIN] = page_begin
     if not one_each:
-        counts = _ceil_div(packed_len, cta_tile_q)
+        counts = ceil_div(packed_len, cta_tile_q)
         ends = np.add.accumulate(counts, out=np.empty_like(counts))
         # A tile's row_begin: its place among all tiles, less where its request began.
-        tiles[:, _ROW_BEGIN] = (counts - ends) * _int32(cta_tile_q)
-        first_sees = extent - qo_len + _int32(1)  # keys that each first query sees under causal
+        tiles[:, ROW_BEGIN] = (counts - ends) * int32(cta_tile_q)
+        first_sees = extent - qo_len + int32(1)  # keys that each first query sees under causal
         tiles = tiles.repeat(counts, axis=0)
-        row_begin = tiles[:, _ROW_BEGIN]
-        row_begin += _counting(len(tiles)) * _int32(cta_tile_q)
-        extent = tiles[:, _KV_END]
+        row_begin = tiles[:, ROW_BEGIN]
+        row_begin += counting(len(tiles)) * int32(cta_tile_q)
+        extent = tiles[:, KV_END]
         if spec.causal:
             # The tile's last row, if the request has so many, sees the most keys.
-            seen = row_begin + _int32(cta_tile_q - 1)
-            seen //= _int32(spec.gqa_group_size)
+            seen = row_begin + int32(cta_tile_q - 1)
+            seen //= int32(spec.gqa_group_size)
             seen += first_sees.repeat(counts)
             np.minimum(seen, extent, out=seen)
-            np.maximum(seen, _int32(0), out=seen)
+            np.maximum(seen, int32(0), out=seen)
             extent[:] = seen
             extent = seen
-    return tiles, _ceil_div(extent, config.cta_tile_kv)
+    return tiles, ceil_div(extent, config.cta_tile_kv)
 
 
 def _launch(
@@ -294,62 +324,64 @@ def _launch(
     num_partials = num_merges = 0
     items = tiles
     if split_size is not None:
-        cut = tiles[:, _KV_END] > _int32(split_size)
+        cut = tiles[:, KV_END] > int32(split_size)
         cut[:first] = False
         num_merges = int(np.count_nonzero(cut))
     if split_size is not None and num_merges:
-        pieces = _cut(tiles[cut], split_size)
+        pieces = splits.cut(tiles[cut], split_size)
         num_partials = len(pieces)
         if most_partials is not None and num_partials > most_partials:
             return _launch(spec, config, tiles, None, 0, num_slots, None)
         items = np.concatenate((pieces, tiles[~cut])) if num_merges < len(tiles) else pieces
-        kv_tiles = _ceil_div(items[:, _KV_END] - items[:, _KV_BEGIN], config.cta_tile_kv)
-        items = items.take(_longest_first(kv_tiles), axis=0)
+        kv_tiles = ceil_div(items[:, KV_END] - items[:, KV_BEGIN], config.cta_tile_kv)
+        items = items.take(longest_first(kv_tiles), axis=0)
     grid = min(num_slots, len(items) * spec.num_kv_heads)
     return Launch(config, items, grid, num_partials, num_merges)
 
 
-def _cut(tiles: IntArray, split_size: int) -> IntArray:
-    """The splits of unsplit items, each longer than one; writes into `tiles`."""
-    num_splits = _ceil_div(tiles[:, _KV_END], split_size)
-    begins = np.add.accumulate(num_splits, out=np.empty_like(num_splits))
-    begins -= num_splits
-    tiles[:, _NUM_SPLITS] = num_splits
-    tiles[:, _FIRST_PARTIAL] = begins
-    tiles[:, _MERGE] = _counting(len(tiles))
-    pieces = tiles.repeat(num_splits, axis=0)
-    split, kv_end = _counting(len(pieces)) - pieces[:, _FIRST_PARTIAL], pieces[:, _KV_END]
-    pieces[:, _SPLIT] = split
-    split *= _int32(split_size)
-    pieces[:, _KV_BEGIN] = split
-    split += _int32(split_size)
-    np.minimum(split, kv_end, out=kv_end)
-    return pieces
+def _visible_runs(
+    spec: AttentionSpec,
+    config: KernelConfig,
+    tiles: IntArray,
+    mask: CustomMask | None,
+    split_size: int | None,
+    one_run: bool,
+) -> tuple[IntArray, IntArray]:
+    """What of query tiles' keys a window and a mask leave; writes into `tiles`.
+
+    Returns
+    -------
+    runs : int32 [runs, fields of ITEM_DTYPE]
+        Each as one unsplit item, with the number of its query tile for MERGE.
+    kv_tiles : int32 [runs]
+        Their KV tiles.
+    """
+    tiles[:, MERGE] = counting(len(tiles))
+    if mask is not None:
+        tile = (config.cta_tile_q, config.cta_tile_kv)
+        tiles = extents.runs(tiles, spec, mask, tile, split_size, one_run)
+    else:
+        extents.narrow(tiles, spec, config.cta_tile_kv, split_size)
+    return tiles, ceil_div(tiles[:, KV_END] - tiles[:, KV_BEGIN], config.cta_tile_kv)
 
 
-@lru_cache(maxsize=64)
-def _counting(end: int) -> IntArray:
-    """0, 1, … up to `end`."""
-    numbers = np.arange(end, dtype=np.int32)
-    numbers.flags.writeable = False  # many plans share them
-    return numbers
+def _launch_of_runs(
+    spec: AttentionSpec,
+    config: KernelConfig,
+    runs: IntArray,
+    split: tuple[int | None, int],
+    from_zero: bool,
+    num_slots: int,
+    most_partials: int | None,
+) -> Launch:
+    """As `_launch()`, of what `_visible_runs()` found, longest first.
 
-
-def _longest_first(kv_tiles: IntArray) -> npt.NDArray[np.intp]:
-    """The order by descending KV tiles, equal ones as they come."""
-    descending = ~kv_tiles
-    if kv_tiles[kv_tiles.argmax()] <= _UINT16_MAX:
-        # NumPy sorts 16-bit integers by radix, several times as fast as wider ones.
-        return descending.astype(np.uint16).argsort(kind="stable")
-    return descending.argsort(kind="stable")
-
-
-def _ceil_div(dividends: IntArray, divisor: int) -> IntArray:
-    """Quotients, rounded up, of numbers that are at least 0."""
-    return (dividends + _int32(divisor - 1)) // _int32(divisor)
-
-
-@lru_cache(maxsize=256)
-def _int32(value: int) -> IntArray:
-    """An operand for NumPy, for which converting an int takes as long as adding small arrays."""
-    return np.array(value, np.int32)
+    `split` is its `split_size` and `first`; `from_zero` says where splits begin.
+    """
+    items, num_partials, num_merges = splits.cut_runs(runs, *split, from_zero)
+    if most_partials is not None and num_partials > most_partials:
+        items, num_partials, num_merges = splits.cut_runs(runs, None, 0, from_zero)
+    kv_tiles = ceil_div(items[:, KV_END] - items[:, KV_BEGIN], config.cta_tile_kv)
+    items = items.take(longest_first(kv_tiles), axis=0)
+    grid = min(num_slots, len(items) * spec.num_kv_heads)
+    return Launch(config, items, grid, num_partials, num_merges)

@@ -28,6 +28,9 @@ FLOAT8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 #: (head_dim_qk, head_dim_vo) of the kernels.
 SERVED_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 
+#: The page size of K and V that have no pages: each request has one, which begins at its first row.
+RAGGED = 2**30
+
 #: How the positions of queries and keys enter the logits.
 PosEncodingMode = Literal["NONE", "ROPE_LLAMA", "ALIBI"]
 POS_ENCODING_MODES: tuple[PosEncodingMode, ...] = ("NONE", "ROPE_LLAMA", "ALIBI")

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Literal
 
 from cupaged.kernel_spec import KernelConfig
-from cupaged.spec import FLOAT8_DTYPES, DeviceModel, Needs, Variant
+from cupaged.spec import FLOAT8_DTYPES, RAGGED, DeviceModel, Needs, Variant
 
 Shape = Literal["long", "brief", "short"]
 SHAPES: tuple[Shape, ...] = ("long", "brief", "short")
@@ -139,9 +139,10 @@ def kernel_config(arch: int, needs: Needs, shape: Shape) -> KernelConfig:
         ctas_per_sm=tile.ctas_per_sm,
         page_aligned=True,
     )
-    if needs.page_size % config.page_unit == 0:
-        return config
-    return replace(config, page_aligned=False)
+    aligned = needs.page_size % config.page_unit == 0
+    if needs.page_size == RAGGED and config.producer_warps:
+        aligned = False  # a box would end where the last request does not
+    return config if aligned else replace(config, page_aligned=False)
 
 
 def slots(config: KernelConfig, device: DeviceModel) -> int:

@@ -32,26 +32,19 @@ def _arguments(call: str, **off: tuple[object, ...]) -> Arguments:
     return Arguments(call, off, tuple(values[0] for values in off.values()))
 
 
-PREFILL_CONSTRUCTOR = _arguments(
-    "BatchPrefillWithPagedKVCacheWrapper",
-    custom_mask_buf=(None,),
-    mask_indptr_buf=(None,),
-    jit_args=(None,),
-    jit_kwargs=(None,),
-)
+_MULTI_ITEM: dict[str, tuple[object, ...]] = {
+    "prefix_len_ptr": (None,),
+    "token_pos_in_items_ptr": (None,),
+    "token_pos_in_items_len": (0,),
+    "max_item_len_ptr": (None,),
+}
+_JIT: dict[str, tuple[object, ...]] = {"jit_args": (None,), "jit_kwargs": (None,)}
+
+PREFILL_CONSTRUCTOR = _arguments("BatchPrefillWithPagedKVCacheWrapper", **_JIT)
 PREFILL_PLAN = _arguments(
     "plan()",
-    custom_mask=(None,),
-    packed_custom_mask=(None,),
     use_fp16_qk_reduction=(False,),
-    window_left=(-1,),
-    logits_soft_cap=(None, 0.0),
-    rope_scale=(None,),
-    rope_theta=(None,),
-    prefix_len_ptr=(None,),
-    token_pos_in_items_ptr=(None,),
-    token_pos_in_items_len=(0,),
-    max_item_len_ptr=(None,),
+    **_MULTI_ITEM,
     seq_lens=(None,),
     seq_lens_q=(None,),
     block_tables=(None,),
@@ -63,30 +56,48 @@ PREFILL_RUN = _arguments(
     "run()",
     lse_layout=("NH",),
     enable_pdl=(None, False),
-    window_left=(None, -1),
-    sinks=(None,),
     kv_cache_sf=(None,),
     skip_softmax_threshold_scale_factor=(None,),
     use_fp16_softmax=(None, False),
     uses_spcompress=(None, False),
 )
-DECODE_CONSTRUCTOR = _arguments("BatchDecodeWithPagedKVCacheWrapper", jit_args=(None,))
-DECODE_PLAN = _arguments(
+FORWARD = _arguments("forward()", use_fp16_qk_reduction=(False,))
+RAGGED_CONSTRUCTOR = _arguments("BatchPrefillWithRaggedKVCacheWrapper", **_JIT)
+RAGGED_PLAN = _arguments(
     "plan()",
-    window_left=(-1,),
-    logits_soft_cap=(None, 0.0),
-    rope_scale=(None,),
-    rope_theta=(None,),
-    block_tables=(None,),
+    use_fp16_qk_reduction=(False,),
+    **_MULTI_ITEM,
     seq_lens=(None,),
+    seq_lens_q=(None,),
+    max_token_per_sequence=(None,),
+    max_sequence_kv=(None,),
+    v_indptr=(None,),
+    o_indptr=(None,),
+    uniform_q_len=(None,),
 )
+RAGGED_RUN = _arguments(
+    "run()",
+    o_scale=(None, 1.0),
+    lse_layout=("NH",),
+    enable_pdl=(None, False),
+    kv_cache_sf=(None,),
+)
+DECODE_CONSTRUCTOR = _arguments("BatchDecodeWithPagedKVCacheWrapper", jit_args=(None,))
+DECODE_PLAN = _arguments("plan()", block_tables=(None,), seq_lens=(None,))
 DECODE_RUN = _arguments(
     "run()",
     enable_pdl=(None, False),
-    window_left=(None, -1),
-    sinks=(None,),
     kv_cache_sf=(None,),
     skip_softmax_threshold_scale_factor=(None,),
+)
+CASCADE_PLAN = _arguments("plan()", use_fp16_qk_reduction=(False,))
+SINGLE_PREFILL = _arguments(
+    "single_prefill_with_kv_cache()",
+    scale_q=(None,),
+    scale_k=(None,),
+    scale_v=(None,),
+    use_fp16_qk_reduction=(False,),
+    kv_cache_sf=(None,),
 )
 
 

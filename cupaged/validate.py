@@ -177,6 +177,11 @@ def _attention_spec(
             (features.rope_theta, "rope_theta", 1e4),
         )
     )
+    if mode == "ROPE_LLAMA" and kv_dtype in FLOAT8_DTYPES:
+        raise NotImplementedError(
+            f"pos_encoding_mode='ROPE_LLAMA' with kv_data_type = {kv_dtype} is not served by any "
+            "backend"
+        )
     soft_cap = 0.0
     if features.logits_soft_cap is not None:
         soft_cap = scale(features.logits_soft_cap, "logits_soft_cap")
@@ -205,6 +210,28 @@ def _attention_spec(
 _known_spec = lru_cache(maxsize=64, typed=True)(_attention_spec)
 
 
+class PlanChoices(NamedTuple):
+    """Arguments of every `plan()`, checked."""
+
+    fixed_split_size: int | None
+    disable_split_kv: bool
+    non_blocking: bool
+
+
+def plan_choices(
+    fixed_split_size: object, disable_split_kv: object, non_blocking: object
+) -> PlanChoices:
+    """Check arguments that every `plan()` takes."""
+    never = flag(disable_split_kv, "disable_split_kv")
+    non_blocking = flag(non_blocking, "non_blocking")
+    if fixed_split_size is None:
+        return PlanChoices(None, never, non_blocking)
+    size = positive_int(fixed_split_size, "fixed_split_size")
+    if never:
+        raise ValueError("fixed_split_size and disable_split_kv exclude each other")
+    return PlanChoices(size, never, non_blocking)
+
+
 def _refuse_head_dims(head_dim: int, head_dim_out: int, head_dim_name: str) -> None:
     served = [dim for dim, out in SERVED_HEAD_DIMS if dim == out]
     if head_dim_out == head_dim:
@@ -214,6 +241,13 @@ def _refuse_head_dims(head_dim: int, head_dim_out: int, head_dim_name: str) -> N
         f"{head_dim_name} = {head_dim} with head_dim_vo = {head_dim_out}, served are equal ones of "
         f"{_listed(tuple(served))}, and {others}"
     )
+
+
+def window_as_planned(value: object, planned: int) -> None:
+    """Refuse another `window_left` in `run()` than in `plan()`."""
+    given = window_left(value)
+    if given != planned:
+        raise ValueError(f"window_left = {given}, expected {planned} as planned")
 
 
 def window_left(value: object) -> int:

@@ -75,7 +75,7 @@ def level(index_arrays: Sequence[Any], spec: AttentionSpec) -> Level:
 
     `index_arrays` are its qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len.
     """
-    indptr_name, indices_name, last_name, _ = PREFILL_NAMES
+    indptr_name, indices_name, last_name, *_ = PREFILL_NAMES
     names = ("qo_indptr", indptr_name, indices_name, last_name)
     qo_indptr, paged_kv_indptr, indices, last_page_len = (
         arrays.import_index(array, name) for array, name in zip(index_arrays, names, strict=True)

@@ -29,18 +29,41 @@ _MAX_ROWS = _MAX_KEYS = 2**30
 
 
 class Names(NamedTuple):
-    """What a call names its index arrays, and what it says made it causal."""
+    """What a call names its index arrays and head_dim, and what it says of too few keys.
+
+    Attributes
+    ----------
+    indptr, indices, last_page_len, head_dim : str
+    why_causal : str
+        What made the call causal.
+    mistake : str
+        What was probably forgotten.
+    """
 
     indptr: str
     indices: str
     last_page_len: str
+    head_dim: str
     why_causal: str
+    mistake: str
 
 
+_APPENDED = "Were the new keys and values appended to the cache, and counted in"
+_OWN_KEYS = "Are the queries' own keys and values in k and v"
 PREFILL_NAMES = Names(
-    "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "with causal=True "
+    *("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "head_dim_qk"),
+    "with causal=True ",
+    f"{_APPENDED} paged_kv_indptr and paged_kv_last_page_len?",
 )
-DECODE_NAMES = Names("indptr", "indices", "last_page_len", "")
+DECODE_NAMES = Names(
+    *("indptr", "indices", "last_page_len", "head_dim", ""),
+    f"{_APPENDED} indptr and last_page_len?",
+)
+RAGGED_NAMES = Names(
+    *("kv_indptr", "kv_indptr", "kv_indptr", "head_dim_qk", "with causal=True "),
+    f"{_OWN_KEYS}, and counted in kv_indptr?",
+)
+SINGLE_NAMES = RAGGED_NAMES._replace(mistake=f"{_OWN_KEYS}?")
 
 
 def check_indptr(indptr: HostIndex, name: str) -> tuple[IntArray, IntArray]:
@@ -93,13 +116,59 @@ def lengths(
             f"paged_kv_indptr has {count_entries(len(kv))}, expected {len(qo)} = batch + 1: "
             f"qo_indptr has {count_entries(len(qo))}"
         )
-    if int(qo[-1]) * spec.num_qo_heads > _MAX_ROWS:
-        raise ValueError(
-            f"qo_indptr[{len(qo_len)}] = {qo[-1]} query rows of {spec.num_qo_heads} heads, "
-            f"expected at most {_MAX_ROWS} rows times heads in a call"
-        )
+    _check_num_rows(qo, spec)
     kv_len = _kv_len(kv, pages, paged_kv_last_page_len, spec, PREFILL_NAMES, "qo_indptr")
     return Lengths(qo, kv, qo_len, kv_len)
+
+
+def ragged_lengths(
+    qo_indptr: HostIndex, kv_begin: HostIndex, kv_len: HostIndex, spec: AttentionSpec
+) -> tuple[Lengths, int]:
+    """Check the lengths of requests whose keys lie in rows, anywhere.
+
+    Parameters
+    ----------
+    qo_indptr : int32 or int64 [batch + 1], on the host
+    kv_begin, kv_len : int32 or int64 [batch], on the host
+        Each request's first row of K and V, and its rows.
+
+    Returns
+    -------
+    lengths : Lengths
+        One page a request, which holds all of its keys.
+    num_rows : int
+        Rows that K and V need.
+    """
+    qo, qo_len = check_indptr(qo_indptr, "qo_indptr")
+    batch = len(qo_len)
+    _check_num_rows(qo, spec)
+    for name, values in (("kv_begin", kv_begin), ("kv_len", kv_len)):
+        if values.shape != (batch,):
+            raise ValueError(
+                f"{name} has shape {values.shape}, expected ({batch},): qo_indptr has "
+                f"{count_entries(batch + 1)}"
+            )
+        low = values < 0
+        if low.any():
+            r = int(low.argmax())
+            raise ValueError(f"{name}[{r}] = {values[r]}, expected at least 0")
+    if batch and kv_len[kv_len.argmax()] > _MAX_KEYS:
+        r = int(kv_len.argmax())
+        raise ValueError(f"request {r} has {kv_len[r]} keys, expected at most {_MAX_KEYS}")
+    ends = kv_begin.astype(np.int64) + kv_len
+    num_rows = int(ends.max(initial=0, where=kv_len > 0))
+    if num_rows > _INT32_MAX:
+        raise ValueError(f"kv_begin + kv_len = {num_rows}, expected at most {_INT32_MAX}")
+    pages, _ = _equal_lengths(batch, 1)
+    return Lengths(qo, pages, qo_len, kv_len.astype(np.int32)), num_rows
+
+
+def _check_num_rows(qo: IntArray, spec: AttentionSpec) -> None:
+    if int(qo[-1]) * spec.num_qo_heads > _MAX_ROWS:
+        raise ValueError(
+            f"qo_indptr[{len(qo) - 1}] = {qo[-1]} query rows of {spec.num_qo_heads} heads, "
+            f"expected at most {_MAX_ROWS} rows times heads in a call"
+        )
 
 
 def decode_lengths(
@@ -218,21 +287,28 @@ def warn_of_mistakes(
     spec: AttentionSpec, lengths: Lengths, indices: IntArray, highest: int, names: Names
 ) -> None:
     """Warn of input that is legal and almost surely not meant, to the caller of `plan()`."""
-    if spec.causal:
-        short = lengths.qo_len > lengths.kv_len
-        count = int(np.count_nonzero(short))
-        if count:
-            r = int(short.argmax())
-            qo_len, kv_len = int(lengths.qo_len[r]), int(lengths.kv_len[r])
-            warnings.warn(
-                f"request {r} has {qo_len} queries and {kv_len} keys{and_others(count - 1)}: "
-                f"{names.why_causal}its first {qo_len - kv_len} rows see no key, and will be 0. "
-                "Were the new keys and values appended to the cache, and counted in "
-                f"{names.indptr} and {names.last_page_len}?",
-                CupagedWarning,
-                stacklevel=_PLANS_CALLER,
-            )
+    warn_of_too_few_keys(spec, lengths, names, _PLANS_CALLER + 1)
     _warn_of_repeated_pages(lengths, indices, highest, names)
+
+
+def warn_of_too_few_keys(
+    spec: AttentionSpec, lengths: Lengths, names: Names, stacklevel: int
+) -> None:
+    """Warn of rows that causality leaves no key, to the frame so far up."""
+    if not spec.causal:
+        return
+    short = lengths.qo_len > lengths.kv_len
+    count = int(np.count_nonzero(short))
+    if count:
+        r = int(short.argmax())
+        qo_len, kv_len = int(lengths.qo_len[r]), int(lengths.kv_len[r])
+        warnings.warn(
+            f"request {r} has {qo_len} queries and {kv_len} keys{and_others(count - 1)}: "
+            f"{names.why_causal}its first {qo_len - kv_len} rows see no key, and will be 0. "
+            f"{names.mistake}",
+            CupagedWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _warn_of_repeated_pages(

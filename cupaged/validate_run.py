@@ -17,24 +17,33 @@ from cupaged.spec import DTYPES, AttentionSpec
 _WORKSPACE_ALIGNMENT = 16
 
 
-def _shape_words(spec: AttentionSpec, stacked: bool) -> str:
+def _shape_words(spec: AttentionSpec, head_dim: int, name: str, stacked: bool) -> str:
     page, heads = f"page_size={spec.page_size}", f"num_kv_heads={spec.num_kv_heads}"
     inner = f"{page}, {heads}" if spec.kv_layout == "NHD" else f"{heads}, {page}"
-    return f"(num_pages, {'2, ' if stacked else ''}{inner}, head_dim={spec.head_dim_qk})"
+    return f"(num_pages, {'2, ' if stacked else ''}{inner}, {head_dim_words(spec, head_dim, name)})"
 
 
-def _check_pages(shape: tuple[int, ...], spec: AttentionSpec, name: str, stacked: bool) -> None:
+def head_dim_words(spec: AttentionSpec, head_dim: int, name: str) -> str:
+    """The last axis of K, which is called `name`, or of V."""
+    if spec.head_dim_qk == spec.head_dim_vo:
+        return f"head_dim={head_dim}"
+    return f"head_dim_{'qk' if name.startswith('k') else 'vo'}={head_dim}"
+
+
+def _check_pages(
+    shape: tuple[int, ...], spec: AttentionSpec, head_dim: int, name: str, stacked: bool
+) -> None:
     """Check the shape of K's, V's or the stacked pages."""
     tokens, heads = spec.page_size, spec.num_kv_heads
     expected = (tokens, heads) if spec.kv_layout == "NHD" else (heads, tokens)
     found = shape[2 if stacked else 1 :]
-    if found == (*expected, spec.head_dim_qk) and (not stacked or shape[1] == 2):
+    if found == (*expected, head_dim) and (not stacked or shape[1] == 2):
         return
     words = (
         f"{name} has shape {shape}; kv_layout={spec.kv_layout!r} expects "
-        f"{_shape_words(spec, stacked)}"
+        f"{_shape_words(spec, head_dim, name, stacked)}"
     )
-    if found == (*expected[::-1], spec.head_dim_qk) and (not stacked or shape[1] == 2):
+    if found == (*expected[::-1], head_dim) and (not stacked or shape[1] == 2):
         words += f". It fits kv_layout={'HND' if spec.kv_layout == 'NHD' else 'NHD'!r}"
     raise ValueError(words)
 
@@ -51,31 +60,50 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
     Returns
     -------
     k, v : array
-        In the plan's layout.
+        In the plan's layout and dtype.
     num_pages : int
     """
+    head_dim, head_dim_vo = spec.head_dim_qk, spec.head_dim_vo
     if isinstance(paged_kv_cache, tuple):
         k, v = paged_kv_cache
         shape, v_shape = k.shape, v.shape
-        _check_pages(shape, spec, "k cache", stacked=False)
-        if v_shape != shape:
-            _check_pages(v_shape, spec, "v cache", stacked=False)
-            raise ValueError(
-                f"v cache holds {v_shape[0]} pages, expected {shape[0]} as the k cache does"
-            )
+        _check_pages(shape, spec, head_dim, "k cache", stacked=False)
+        if v_shape != shape or head_dim_vo != head_dim:
+            _check_pages(v_shape, spec, head_dim_vo, "v cache", stacked=False)
+            if v_shape[0] != shape[0]:
+                raise ValueError(
+                    f"v cache holds {v_shape[0]} pages, expected {shape[0]} as the k cache does"
+                )
     else:
+        if head_dim_vo != head_dim:
+            raise ValueError(
+                "paged_kv_cache is one array, expected two, (k, v): "
+                f"head_dim_qk = {head_dim} and head_dim_vo = {head_dim_vo}"
+            )
         shape = paged_kv_cache.shape
-        _check_pages(shape, spec, "paged_kv_cache", stacked=True)
+        _check_pages(shape, spec, head_dim, "paged_kv_cache", stacked=True)
         k, v = paged_kv_cache[:, 0], paged_kv_cache[:, 1]
-    _check_elements(k, spec, "k cache", "kv_data_type")
-    _check_elements(v, spec, "v cache", "kv_data_type")
-    return k, v, shape[0]
+    k = keys_or_values(k, spec, "k cache")
+    return k, keys_or_values(v, spec, "v cache"), shape[0]
 
 
-def _check_elements(array: Any, spec: AttentionSpec, name: str, argument: str) -> None:
+def keys_or_values(array: Any, spec: AttentionSpec, name: str) -> Any:
+    """Check the elements of K or V; what comes as the bits of a float8, as that."""
+    dtype = DTYPES[spec.kv_dtype]
+    if array.dtype != dtype:
+        if array.dtype != np.uint8 or dtype.itemsize != 1:
+            raise TypeError(
+                f"{name} is {words_of_dtype(array)}, expected kv_data_type = {spec.kv_dtype}"
+            )
+        array = array.view(dtype)
+    check_last_axis(array, name)
+    return array
+
+
+def _check_elements(array: Any, dtype: str, name: str, argument: str) -> None:
     """Check the dtype of an array, and that its elements lie one behind the other."""
-    if array.dtype != DTYPES[spec.dtype]:
-        raise TypeError(f"{name} is {words_of_dtype(array)}, expected {argument} = {spec.dtype}")
+    if array.dtype != DTYPES[dtype]:
+        raise TypeError(f"{name} is {words_of_dtype(array)}, expected {argument} = {dtype}")
     check_last_axis(array, name)
 
 
@@ -110,8 +138,25 @@ def query(
     if num_rows != nnz_qo and not (more and num_rows > nnz_qo):
         at_least = "at least " if more else ""
         raise ValueError(f"q has {num_rows} rows, expected {at_least}{nnz_qo} = {rows_are}")
-    _check_elements(q, spec, "q", "q_data_type")
+    _check_elements(q, spec.dtype, "q", "q_data_type")
     return num_rows
+
+
+def sinks(array: Any, spec: AttentionSpec, device: int | None) -> None:
+    """Check the logits of attention sinks, imported."""
+    if array.shape != (spec.num_qo_heads,):
+        raise ValueError(
+            f"sinks has shape {array.shape}, expected (num_qo_heads={spec.num_qo_heads},)"
+        )
+    if array.dtype != DTYPES["float32"]:
+        raise TypeError(f"sinks is {words_of_dtype(array)}, expected float32")
+    if array.strides[0] != array.itemsize and spec.num_qo_heads > 1:
+        raise ValueError(
+            f"sinks has a stride of {array.strides[0] // array.itemsize} elements, expected 1"
+        )
+    found = arrays.device_id(array)
+    if found != device:
+        raise ValueError(f"sinks is on {place(found)}, expected {place(device)} as q is")
 
 
 def given(
@@ -129,14 +174,62 @@ def given(
         check_last_axis(array, name)
 
 
-def one_device(q: Any, k: Any, v: Any) -> int | None:
-    """The device that q, K and V share; None for the host."""
+def one_device(
+    q: Any, k: Any, v: Any, names: tuple[str, str] = ("k cache", "v cache")
+) -> int | None:
+    """The device that q, K and V, which are called `names`, share; None for the host."""
     device = arrays.device_id(q)
-    for name, array in (("k cache", k), ("v cache", v)):
+    for name, array in zip(names, (k, v), strict=True):
         found = arrays.device_id(array)
         if found != device:
             raise ValueError(f"{name} is on {place(found)}, expected {place(device)} as q is")
     return device
+
+
+def ragged(
+    k: Any, v: Any, spec: AttentionSpec, kv_layout: str, num_rows: int, rows_are: str, more: bool
+) -> tuple[Any, Any]:
+    """Check K and V that have no pages, imported.
+
+    Parameters
+    ----------
+    k, v : array
+        [rows, num_kv_heads, head_dim], or with "HND" the first two axes swapped.
+    spec : AttentionSpec
+    kv_layout : str
+    num_rows : int
+        Rows that are planned.
+    rows_are : str
+        What that number is.
+    more : bool
+        There may be more.
+
+    Returns
+    -------
+    k, v : array
+        [rows, num_kv_heads, head_dim]
+    """
+    found = []
+    for name, array, head_dim in (("k", k, spec.head_dim_qk), ("v", v, spec.head_dim_vo)):
+        shape = array.shape
+        if kv_layout == "HND" and len(shape) == 3:
+            array = array.transpose(1, 0, 2)
+        if array.shape[1:] != (spec.num_kv_heads, head_dim):
+            axes = ["nnz_kv", f"num_kv_heads={spec.num_kv_heads}"]
+            words = ", ".join(axes if kv_layout == "NHD" else axes[::-1])
+            raise ValueError(
+                f"{name} has shape {shape}; kv_layout={kv_layout!r} expects "
+                f"({words}, {head_dim_words(spec, head_dim, name)})"
+            )
+        rows = len(array)
+        if rows != num_rows and not (more and rows > num_rows):
+            at_least = "at least " if more else ""
+            raise ValueError(f"{name} has {rows} rows, expected {at_least}{num_rows} = {rows_are}")
+        found.append(keys_or_values(array, spec, name))
+    k, v = found
+    if len(v) != len(k):
+        raise ValueError(f"v has {len(v)} rows, expected {len(k)} as k does")
+    return k, v
 
 
 def backend_serves(backend: str, device: int | None) -> None:

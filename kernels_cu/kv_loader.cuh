@@ -9,9 +9,38 @@
 #include "tile.cuh"
 
 constexpr int ROWS_PER_WARP = CTA_TILE_KV / NUM_WARPS;
-constexpr int PASSES_PER_TILE = ROWS_PER_WARP / ROWS_PER_PASS;
+constexpr int TILE_K_BYTES = CTA_TILE_KV * K_ROW_BYTES;
 static_assert(CTA_TILE_KV % NUM_WARPS == 0 && ROWS_PER_WARP <= WARP_SIZE, "a lane looks up a key");
-static_assert(ROWS_PER_WARP % ROWS_PER_PASS == 0, "a pass must not leave its warp's keys");
+static_assert(ROWS_PER_WARP % KRows::PER_PASS == 0 && ROWS_PER_WARP % VRows::PER_PASS == 0,
+              "a pass must not leave its warp's keys");
+
+// A warp's copies of its keys' rows of a tile of K or V.
+template <typename R, int VALID_CHUNKS>
+struct RowCopies {
+    static constexpr int PASSES = ROWS_PER_WARP / R::PER_PASS;
+    u32 target;              // the lane's place in the tile
+    const KvElement* chunk;  // the lane's chunk of the KV head's row: [num_pages, page_size]
+    const KvElement* row;    // and of the row that comes next
+    i64 found;               // offset of the key that this lane has looked up
+    i64 stride_token;
+
+    __device__ __forceinline__ RowCopies(u32 target, const KvElement* head, i64 found,
+                                         i64 stride_token, int lane)
+        : target(target),
+          chunk(head + lane % R::CHUNKS * (16 / static_cast<int>(sizeof(KvElement)))),
+          row(chunk + found + lane / R::CHUNKS * stride_token),
+          found(found),
+          stride_token(stride_token) {}
+
+    // Of the warp's rows in the tile the first `keys` hold keys; the others become zeros.
+    __device__ __forceinline__ void copy(int pass, int keys, int lane) {
+        const int which = pass * R::PER_PASS + lane / R::CHUNKS;
+        if (!CUPAGED_PAGE_ALIGNED) row = chunk + __shfl_sync(~0u, found, which);
+        if (VALID_CHUNKS == R::CHUNKS || lane % R::CHUNKS < VALID_CHUNKS)
+            cp_async_16(R::copy_pass(target, pass), row, which < keys ? 16 : 0);
+        if (CUPAGED_PAGE_ALIGNED) row += R::PER_PASS * stride_token;
+    }
+};
 
 struct KvLoader {
     // Strides and divisors are read from the parameters where they are used, since constant memory
@@ -21,7 +50,8 @@ struct KvLoader {
     int page_begin;  // where the request's pages begin in page_indices
     int kv_end;      // keys from here on are filled with zeros
     int warp_row;    // the warp's first row of every tile
-    u32 target;      // where the lane copies to in the first stage's K tile
+    u32 k_target;    // where the lane copies to in the first stage's K tile
+    u32 v_target;    // and in its V tile
     int page;        // of the next tile: page of the key this lane looks up
     int in_page;     // and the key's place in it
 
@@ -32,7 +62,8 @@ struct KvLoader {
           page_begin(work.item.page_begin),
           kv_end(work.item.kv_end),
           warp_row(warp * ROWS_PER_WARP),
-          target(stages + copy_offset(warp * ROWS_PER_WARP, lane)) {
+          k_target(stages + KRows::copy_offset(warp * ROWS_PER_WARP, lane)),
+          v_target(stages + TILE_K_BYTES + VRows::copy_offset(warp * ROWS_PER_WARP, lane)) {
         look_up(work.item.kv_begin, lane);
     }
 
@@ -51,30 +82,17 @@ struct KvLoader {
     // Starts the copies of the tile that begins at key `begin` to the stage that lies `stage` bytes
     // after the first, K before V, and looks up the pages of the tile after it.
     __device__ __forceinline__ void load(int begin, u32 stage, int lane) {
-        const int lane_row = lane / ROW_CHUNKS;
-        // Of the KV head and the lane's chunk: [num_pages, page_size] rows.
-        const u16* k = p.k + kv_head * p.k_stride_head + lane % ROW_CHUNKS * 8;
-        const u16* v = p.v + kv_head * p.v_stride_head + lane % ROW_CHUNKS * 8;
-        // Of the key that this lane has looked up.
-        const i64 k_offset = page * p.k_stride_page + in_page * p.k_stride_token;
-        const i64 v_offset = page * p.v_stride_page + in_page * p.v_stride_token;
-        const u16* k_row = k + k_offset + lane_row * p.k_stride_token;
-        const u16* v_row = v + v_offset + lane_row * p.v_stride_token;
+        RowCopies<KRows, K_CHUNKS> k(k_target + stage, p.k + kv_head * p.k_stride_head,
+                                     page * p.k_stride_page + in_page * p.k_stride_token,
+                                     p.k_stride_token, lane);
+        RowCopies<VRows, V_CHUNKS> v(v_target + stage, p.v + kv_head * p.v_stride_head,
+                                     page * p.v_stride_page + in_page * p.v_stride_token,
+                                     p.v_stride_token, lane);
+        const int keys = kv_end - begin - warp_row;
 #pragma unroll
-        for (int pass = 0; pass < PASSES_PER_TILE; ++pass) {
-            const int row = pass * ROWS_PER_PASS + lane_row;
-            const int bytes = begin + warp_row + row < kv_end ? 16 : 0;
-            if (!CUPAGED_PAGE_ALIGNED) {
-                k_row = k + __shfl_sync(~0u, k_offset, row);
-                v_row = v + __shfl_sync(~0u, v_offset, row);
-            }
-            const u32 row_target = copy_pass(target + stage, pass);
-            cp_async_16(row_target, k_row, bytes);
-            cp_async_16(row_target + CTA_TILE_KV * ROW_BYTES, v_row, bytes);
-            if (CUPAGED_PAGE_ALIGNED) {
-                k_row += ROWS_PER_PASS * p.k_stride_token;
-                v_row += ROWS_PER_PASS * p.v_stride_token;
-            }
+        for (int pass = 0; pass < k.PASSES || pass < v.PASSES; ++pass) {
+            if (pass < k.PASSES) k.copy(pass, keys, lane);
+            if (pass < v.PASSES) v.copy(pass, keys, lane);
         }
         look_up(begin + CTA_TILE_KV, lane);
     }

@@ -28,6 +28,23 @@ struct RowMap {
         return (qo_begin + q) * stride_row + head * stride_head;
     }
 
+    // Query head of a tile's row.
+    __device__ __forceinline__ int head(int row) const {
+        return first_head + packed_begin + row - query(row) * p.gqa_group_size;
+    }
+
+    // Takes in the sink of a row, a logit without a value: what is left of the row's output.
+    // The log-sum-exp, base 2, grows by it; a row that sees no key stays as it is.
+    __device__ __forceinline__ float add_sink(int row, float& lse) const {
+        if (lse == NEG_INF) return 1.0f;
+        const float sink = p.sinks[head(row)] * LOG2_E;
+        const float top = fmaxf(lse, sink);
+        const float weight = exp2_approx(lse - top);
+        const float total = weight + exp2_approx(sink - top);
+        lse = top + log2_approx(total);
+        return weight / total;
+    }
+
     __device__ __forceinline__ void write_lse(int row, float lse) const {
         if (p.lse != nullptr)
             p.lse[offset(row, p.lse_stride_row, p.lse_stride_head)] = lse * p.lse_scale;
@@ -35,7 +52,7 @@ struct RowMap {
 };
 
 // Merges `count` states of ROWS rows of the tile, from first_row on, as far as the request has
-// them: outputs [CTA_TILE_Q, HEAD_DIM], normalised, and their log-sum-exps [CTA_TILE_Q], base 2,
+// them: outputs [CTA_TILE_Q, HEAD_DIM_VO], normalised, and their log-sum-exps [CTA_TILE_Q], base 2,
 // each state `out_stride` and `lse_stride` floats after the one before. Each of THREADS threads
 // takes eight neighbouring columns of a row, and hands what it gets to
 // sink(row, column, float (&values)[8], lse). States are added in their order, so the bits do not
@@ -45,9 +62,9 @@ __device__ __forceinline__ void merge_states(const RowMap& rows, int first_row, 
                                              const float* out, const float* lse, i64 out_stride,
                                              i64 lse_stride, int count, Sink sink) {
     const int valid_rows = min(ROWS, rows.packed_len - rows.packed_begin - first_row);
-    for (int i = thread; i < valid_rows * ROW_CHUNKS; i += THREADS) {
-        const int row = first_row + i / ROW_CHUNKS;
-        const int column = i % ROW_CHUNKS * 8;
+    for (int i = thread; i < valid_rows * O_CHUNKS; i += THREADS) {
+        const int row = first_row + i / O_CHUNKS;
+        const int column = i % O_CHUNKS * 8;
         float top = NEG_INF;
         // Unrolled, so that the loads of several states are on their way together.
 #pragma unroll 16
@@ -58,7 +75,7 @@ __device__ __forceinline__ void merge_states(const RowMap& rows, int first_row, 
 #pragma unroll 16
         for (int s = 0; s < count; ++s) {
             const float weight = exp2_approx(lse[s * lse_stride + row] - shift);
-            const float* source = out + s * out_stride + row * HEAD_DIM + column;
+            const float* source = out + s * out_stride + row * HEAD_DIM_VO + column;
             const Float4 low = *reinterpret_cast<const Float4*>(source);
             const Float4 high = *reinterpret_cast<const Float4*>(source + 4);
             total += weight;
@@ -79,11 +96,13 @@ struct WriteResult {
     __device__ __forceinline__ void operator()(int row, int column, const float (&values)[8],
                                                float lse) const {
         const Params& p = rows.p;
+        float factor = p.v_scale;
+        if (p.sinks != nullptr) factor *= rows.add_sink(row, lse);
         Chunk chunk;
-        chunk.x = pack_pair(values[0] * p.v_scale, values[1] * p.v_scale);
-        chunk.y = pack_pair(values[2] * p.v_scale, values[3] * p.v_scale);
-        chunk.z = pack_pair(values[4] * p.v_scale, values[5] * p.v_scale);
-        chunk.w = pack_pair(values[6] * p.v_scale, values[7] * p.v_scale);
+        chunk.x = pack_pair(values[0] * factor, values[1] * factor);
+        chunk.y = pack_pair(values[2] * factor, values[3] * factor);
+        chunk.z = pack_pair(values[4] * factor, values[5] * factor);
+        chunk.w = pack_pair(values[6] * factor, values[7] * factor);
         u16* target = p.out + rows.offset(row, p.out_stride_row, p.out_stride_head) + column;
         *reinterpret_cast<Chunk*>(target) = chunk;
         if (column == 0) rows.write_lse(row, lse);
@@ -92,12 +111,12 @@ struct WriteResult {
 
 // Where a split's partial state lies.
 struct PartialState {
-    float* out;  // [CTA_TILE_Q, HEAD_DIM]
+    float* out;  // [CTA_TILE_Q, HEAD_DIM_VO]
     float* lse;  // [CTA_TILE_Q]
 
     __device__ __forceinline__ PartialState(const Params& p, int slot, int kv_head) {
         const i64 index = static_cast<i64>(slot) * p.num_kv_heads + kv_head;
-        out = p.partial_out + index * (CTA_TILE_Q * HEAD_DIM);
+        out = p.partial_out + index * (CTA_TILE_Q * HEAD_DIM_VO);
         lse = p.partial_lse + index * CTA_TILE_Q;
     }
 };
@@ -107,7 +126,7 @@ struct WritePartial {
     const PartialState& state;
     __device__ __forceinline__ void operator()(int row, int column, const float (&values)[8],
                                                float lse) const {
-        float* target = state.out + row * HEAD_DIM + column;
+        float* target = state.out + row * HEAD_DIM_VO + column;
         *reinterpret_cast<Float4*>(target) = {values[0], values[1], values[2], values[3]};
         *reinterpret_cast<Float4*>(target + 4) = {values[4], values[5], values[6], values[7]};
         if (column == 0) state.lse[row] = lse;
@@ -140,6 +159,6 @@ __device__ __forceinline__ void merge_partials(const Params& p, const Work& work
     const PartialState first(p, work.item.first_partial, work.kv_head);
     const i64 heads = p.num_kv_heads;
     merge_states<ROWS, THREADS>(rows, first_row, thread, first.out, first.lse,
-                                heads * CTA_TILE_Q * HEAD_DIM, heads * CTA_TILE_Q,
+                                heads * CTA_TILE_Q * HEAD_DIM_VO, heads * CTA_TILE_Q,
                                 work.item.num_splits, WriteResult{rows});
 }

@@ -1,7 +1,7 @@
 // What the host hands to a kernel. cupaged/spec.py mirrors these structs as NumPy dtypes, and
 // cupaged/source.py ends every source with assertions that both lie alike.
 #pragma once
-#include "types.cuh"
+#include "elements.cuh"
 
 // One query tile of one request against one range of its keys, for every KV head, and where the
 // request lies: one record to wait for, and no other after it. Rows are packed: row
@@ -23,11 +23,11 @@ struct alignas(16) Item {
 
 // Strides are in elements, and may be any; the last axis of every tensor is contiguous.
 struct Params {
-    const u16* q;  // [nnz_qo, num_qo_heads, HEAD_DIM]
-    const u16* k;  // [num_pages, page_size, num_kv_heads, HEAD_DIM], whatever the layout
-    const u16* v;  // the same
-    u16* out;      // [nnz_qo, num_qo_heads, HEAD_DIM]
-    float* lse;    // [nnz_qo, num_qo_heads], or null
+    const u16* q;        // [nnz_qo, num_qo_heads, HEAD_DIM_QK]
+    const KvElement* k;  // [num_pages, page_size, num_kv_heads, HEAD_DIM_QK], whatever the layout
+    const KvElement* v;  // [num_pages, page_size, num_kv_heads, HEAD_DIM_VO]
+    u16* out;            // [nnz_qo, num_qo_heads, HEAD_DIM_VO]
+    float* lse;          // [nnz_qo, num_qo_heads], or null
     i64 q_stride_row, q_stride_head;
     i64 k_stride_page, k_stride_token, k_stride_head;
     i64 v_stride_page, v_stride_token, v_stride_head;
@@ -35,18 +35,27 @@ struct Params {
     i64 lse_stride_row, lse_stride_head;
     const Item* items;        // [num_items]
     const int* page_indices;  // [page_begin of a request + its pages]
-    float* partial_out;       // [slots, num_kv_heads, CTA_TILE_Q, HEAD_DIM], normalised
+    float* partial_out;       // [slots, num_kv_heads, CTA_TILE_Q, HEAD_DIM_VO], normalised
     float* partial_lse;       // [slots, num_kv_heads, CTA_TILE_Q], base 2
     int* merge_counters;      // [split tiles, num_kv_heads], zero between launches
     // [3]: next piece of work, and blocks that are done, both zero between launches; num_items of a
     // plan that may change while its launch, recorded in a CUDA graph, may not.
     int* work_counters;
-    int num_items;  // -1: work_counters has it
-    int num_kv_heads, gqa_group_size, page_size, causal;
+    const u8* mask_bits;        // of each request [qo_len * kv_len] bits, the lowest of a byte first
+    const int* mask_begin;      // [batch]: byte of mask_bits that a request's begin at
+    const float* alibi_slopes;  // [num_qo_heads], times log2(e)
+    const u64* rope_turns;      // [HEAD_DIM_QK / 2]: 2^-64 of a turn, for each position
+    int num_items;              // -1: work_counters has it
+    int num_kv_heads, gqa_group_size, page_size, causal, window_left;
     u32 group_magic, group_shift;  // division by gqa_group_size
     u32 page_magic, page_shift;    // division by page_size
-    int negate_logits;  // the factor of the logits is -logit_scale
-    float logit_scale;  // |sm_scale * q_scale * k_scale| * log2(e), never 0
+    float cap_scale;     // bound of the logits, times log2(e)
+    const float* sinks;  // [num_qo_heads], or null
+    int negate_logits;   // the factor of the logits is -logit_scale
+    // What the softmax multiplies logits with, more than 0: |sm_scale * q_scale * k_scale| *
+    // log2(e); where they are transformed before, see policy.cuh, what is left to multiply with.
+    float logit_scale;
+    float inner_scale;  // what the transformation multiplies products with
     float v_scale;
     float lse_scale;  // 1 for base 2, ln(2) for base e
 };

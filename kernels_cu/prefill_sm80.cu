@@ -6,19 +6,20 @@
 // longest first. The WARPS_Q x WARPS_KV warps of a block divide a tile's rows, or its keys.
 #include "policy.cuh"
 
+#include "fragments.cuh"
 #include "kv_loader.cuh"
-#include "merge.cuh"
 #include "results.cuh"
+#include "rope.cuh"
 #include "softmax.cuh"
 
 constexpr int WARP_KV = CTA_TILE_KV / WARPS_KV;  // keys of a tile that a warp works on
-constexpr int TILE_Q_BYTES = CTA_TILE_Q * ROW_BYTES;
-constexpr int TILE_KV_BYTES = CTA_TILE_KV * ROW_BYTES;
-constexpr int STAGE_BYTES = 2 * TILE_KV_BYTES;
+constexpr int Q_ROWS_PER_WARP = CTA_TILE_Q / NUM_WARPS;  // that a warp copies
+constexpr int TILE_Q_BYTES = CTA_TILE_Q * Q_ROW_BYTES;
+constexpr int STAGE_BYTES = CTA_TILE_KV * (K_ROW_BYTES + V_ROW_BYTES);
 constexpr int LAST_STAGE = (NUM_STAGES - 1) * STAGE_BYTES;
 static_assert(WARP_KV % 16 == 0, "P.V takes keys by 16");
 static_assert(WARPS_KV == 1 || MMA_Q == 1 && WARPS_Q == 1, "only one 16-row block is shared");
-static_assert(WARPS_KV * CTA_TILE_Q * (HEAD_DIM + 1) * 4 <= NUM_STAGES * STAGE_BYTES ||
+static_assert(WARPS_KV * CTA_TILE_Q * (HEAD_DIM_VO + 1) * 4 <= NUM_STAGES * STAGE_BYTES ||
                   WARPS_KV == 1,
               "the warps' states are merged where the stages were");
 
@@ -27,16 +28,18 @@ using Logits = float[MMA_Q][WARP_KV / 8][4];
 
 // Copies the rows of q that the item's tile packs to shared memory; rows past the end are zeros.
 __device__ __forceinline__ void load_q(const RowMap& rows, u32 q_tile, int warp, int lane) {
-    constexpr int ROWS = CTA_TILE_Q / NUM_WARPS;
+    static_assert(Q_ROWS_PER_WARP % QRows::PER_PASS == 0, "a pass must not leave its warp's rows");
     const Params& p = rows.p;
-    const u32 offset = copy_offset(warp * ROWS, lane);
+    const u32 offset = QRows::copy_offset(warp * Q_ROWS_PER_WARP, lane);
+    const int chunk = lane % QRows::CHUNKS;
 #pragma unroll 4
-    for (int pass = 0; pass < ROWS / ROWS_PER_PASS; ++pass) {
-        const int row = warp * ROWS + pass * ROWS_PER_PASS + lane / ROW_CHUNKS;
+    for (int pass = 0; pass < Q_ROWS_PER_WARP / QRows::PER_PASS; ++pass) {
+        const int row = warp * Q_ROWS_PER_WARP + pass * QRows::PER_PASS + lane / QRows::CHUNKS;
         const bool valid = rows.valid(row);
         const i64 source = valid ? rows.offset(row, p.q_stride_row, p.q_stride_head) : 0;
-        cp_async_16(q_tile + copy_pass(offset, pass), p.q + source + lane % ROW_CHUNKS * 8,
-                    valid ? 16 : 0);
+        if (Q_CHUNKS == QRows::CHUNKS || chunk < Q_CHUNKS)
+            cp_async_16(q_tile + QRows::copy_pass(offset, pass), p.q + source + chunk * 8,
+                        valid ? 16 : 0);
     }
 }
 
@@ -49,19 +52,22 @@ __device__ __forceinline__ void multiply_qk(Logits& s, u32 q, u32 k) {
 #pragma unroll
             for (int c = 0; c < 4; ++c) s[i][n][c] = 0.0f;
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM / 16; ++d) {
-        Pair a[MMA_Q][4];
+    for (int d = 0; d < HEAD_DIM_QK / 16; d += KFragment::STEPS) {
+        Pair a[KFragment::STEPS][MMA_Q][4];
 #pragma unroll
-        for (int i = 0; i < MMA_Q; ++i) ldmatrix_x4(a[i], fragment_at(q, i, d));
+        for (int step = 0; step < KFragment::STEPS; ++step)
+#pragma unroll
+            for (int i = 0; i < MMA_Q; ++i) load_q_fragment(a[step][i], q, i, d + step);
 #pragma unroll
         for (int n = 0; n < WARP_KV / 16; ++n) {
-            Pair b[4];
-            ldmatrix_x4(b, fragment_at(k, n, d));
+            const KFragment b(k, n, d);
 #pragma unroll
-            for (int i = 0; i < MMA_Q; ++i) {
-                mma_m16n8k16(s[i][2 * n], a[i], b[0], b[1]);
-                mma_m16n8k16(s[i][2 * n + 1], a[i], b[2], b[3]);
-            }
+            for (int step = 0; step < KFragment::STEPS; ++step)
+#pragma unroll
+                for (int i = 0; i < MMA_Q; ++i) {
+                    mma_m16n8k16(s[i][2 * n], a[step][i], b.at(step, 0, 0), b.at(step, 0, 1));
+                    mma_m16n8k16(s[i][2 * n + 1], a[step][i], b.at(step, 1, 0), b.at(step, 1, 1));
+                }
         }
     }
 }
@@ -79,14 +85,16 @@ __device__ __forceinline__ void multiply_pv(Output& o, const Logits& weights, u3
             a[i][3] = pack_pair(weights[i][2 * n + 1][2], weights[i][2 * n + 1][3]);
         }
 #pragma unroll
-        for (int d = 0; d < HEAD_DIM / 16; ++d) {
-            Pair b[4];
-            ldmatrix_x4_trans(b, fragment_at(v, n, d));
+        for (int d = 0; d < HEAD_DIM_VO / 16; d += VFragment::STEPS) {
+            const VFragment b(v, n, d);
 #pragma unroll
-            for (int i = 0; i < MMA_Q; ++i) {
-                mma_m16n8k16(o[i][2 * d], a[i], b[0], b[1]);
-                mma_m16n8k16(o[i][2 * d + 1], a[i], b[2], b[3]);
-            }
+            for (int step = 0; step < VFragment::STEPS; ++step)
+#pragma unroll
+                for (int i = 0; i < MMA_Q; ++i)
+#pragma unroll
+                    for (int c = 0; c < 2; ++c)
+                        mma_m16n8k16(o[i][2 * (d + step) + c], a[i], b.at(step, c, 0),
+                                     b.at(step, c, 1));
         }
     }
 }
@@ -100,7 +108,8 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
     const int first_row = warp / WARPS_KV * MMA_Q * 16;
     const RowMap rows(p, work);
     const Visibility visible(p, work);
-    const int fewest_keys = visible.kv_end(rows.query(first_row));
+    const int last_row = first_row + MMA_Q * 16 - 1;
+    const Span seen = visible.seen_by_all(rows.query(first_row), rows.query(last_row));
 
     // Shared memory: Q [CTA_TILE_Q] rows, then NUM_STAGES times K and V [CTA_TILE_KV] rows each.
     const u32 q_tile = shared_address(shared);
@@ -115,15 +124,24 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
         cp_async_commit();
     }
 
-    const u32 q_fragment = q_tile + first_row * ROW_BYTES + fragment_rows_first(lane);
-    const u32 k_fragment = stages + warp_kv * WARP_KV * ROW_BYTES + fragment_columns_first(lane);
+    const u32 q_fragment = q_tile + first_row * Q_ROW_BYTES + q_fragment_offset(lane);
+    const u32 k_fragment = stages + warp_kv * WARP_KV * K_ROW_BYTES + KRows::chunks_first(lane);
     const u32 v_fragment =
-        stages + TILE_KV_BYTES + warp_kv * WARP_KV * ROW_BYTES + fragment_rows_first(lane);
+        stages + TILE_K_BYTES + warp_kv * WARP_KV * V_ROW_BYTES + VRows::rows_first(lane);
 
     u32 stage = 0;  // of the tile at hand, in bytes
 #pragma unroll 1
     for (; begin < loader.kv_end; begin += CTA_TILE_KV) {
         cp_async_wait<NUM_STAGES - 2>();
+        if (CUPAGED_ROPE) {
+            __syncwarp();  // the rows that the warp has copied are there for all its lanes
+            if (begin == work.item.kv_begin)
+                rotate_rows<QRows>(
+                    p, shared, warp * Q_ROWS_PER_WARP, Q_ROWS_PER_WARP, lane,
+                    [&](int row) { return visible.position(rows.query(row)); });
+            rotate_rows<KRows>(p, shared + TILE_Q_BYTES + stage, warp * ROWS_PER_WARP,
+                               ROWS_PER_WARP, lane, [&](int row) { return begin + row; });
+        }
         // This tile has landed for every warp that reads it, and every such warp is done with the
         // tile before, whose stage the next copies overwrite. Warps that divide the keys copy just
         // the keys that they read, but all read the Q that all have copied.
@@ -141,13 +159,15 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
         const u32 v = v_fragment + stage;
         stage = stage == LAST_STAGE ? 0 : stage + STAGE_BYTES;
         const int first_key = begin + warp_kv * WARP_KV;
-        const bool all_visible = first_key + WARP_KV <= fewest_keys;
-        // A warp whose last row sees no key of its share has nothing to do here.
-        if (!all_visible && first_key >= visible.kv_end(rows.query(first_row + MMA_Q * 16 - 1)))
+        const int end_key = first_key + WARP_KV;
+        const bool all_visible = seen.has(first_key, end_key);
+        // A warp whose rows see no key of its share has nothing to do here.
+        if (!all_visible &&
+            visible.none(rows.query(first_row), rows.query(last_row), first_key, end_key))
             continue;
         Logits s;
         multiply_qk(s, q_fragment, k);
-        if (p.negate_logits) negate(s);
+        transform(s, visible, rows, first_row, first_key, lane);
         if (!all_visible) visible.mask(s, rows, first_row, first_key, lane);
         float factor[MMA_Q][2];
         if (state.raise(s, p.logit_scale, factor)) rescale(o, factor);
@@ -159,14 +179,14 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
 
 // Writes what attend() found: the result, or the split's partial state.
 __device__ __forceinline__ void store(const Params& p, const Work& work, char* shared,
-                                      const Output& o, const SoftmaxState& state) {
+                                      Output& o, SoftmaxState& state) {
     const Item& item = work.item;
     const int warp = warp_index();
     const int lane = threadIdx.x % WARP_SIZE;
     const RowMap rows(p, work);
     const PartialState partial(p, item.first_partial + item.split, work.kv_head);
     if (WARPS_KV > 1) {
-        constexpr int STATE_FLOATS = CTA_TILE_Q * HEAD_DIM;
+        constexpr int STATE_FLOATS = CTA_TILE_Q * HEAD_DIM_VO;
         float* states = reinterpret_cast<float*>(shared + TILE_Q_BYTES);
         float* lses = states + WARPS_KV * STATE_FLOATS;
         __syncthreads();  // every warp is done with the stages, where the states now go

@@ -141,7 +141,7 @@ struct Consumer {
         const float scale = p.logit_scale;
         int tiles = num_kv_tiles(work.item);
         int begin = work.item.kv_begin + (tiles - 1) * CTA_TILE_KV;  // of the tile at hand
-        const int fewest_keys = visible.kv_end(rows.query(first_row()));
+        const Span seen = visible.seen_by_all(rows.query(first_row()), rows.query(first_row() + 15));
         u64 q = tile_descriptor(q_tiles + q_stage * TILE_Q_BYTES + turn.consumer * 64 * ROW_BYTES);
 
         Logits s;
@@ -149,8 +149,8 @@ struct Consumer {
         float factor[1][2];
         // What becomes of a tile's products before they are weights.
         const auto prepare = [&] {
-            if (p.negate_logits) negate(s);
-            if (begin + CTA_TILE_KV > fewest_keys)
+            transform(s, visible, rows, first_row(), begin, lane());
+            if (!seen.has(begin, begin + CTA_TILE_KV))
                 visible.mask(s, rows, first_row(), begin, lane());
         };
 
@@ -223,8 +223,8 @@ struct Consumer {
 
     // Writes what attend() found: the result, or the split's partial state, and merges the splits
     // of the warpgroup's rows where this one ends last.
-    __device__ __forceinline__ void store(const Work& work, char* q_tile, const Output& o,
-                                          const SoftmaxState& state, int* is_last) {
+    __device__ __forceinline__ void store(const Work& work, char* q_tile, Output& o,
+                                          SoftmaxState& state, int* is_last) {
         const auto sync = [&] { named_barrier_sync(consumer_barrier(turn.consumer), WARPGROUP); };
         const int num_splits = work.item.num_splits;
         if (num_splits == 1) {

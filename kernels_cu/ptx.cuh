@@ -83,6 +83,57 @@ __device__ __forceinline__ Pair pack_bf16(float low, float high) {
     return pair;
 }
 
+// Bytes of two words, 0..3 of the first and 4..7 of the second, as the four digits of `which` name
+// them, the lowest digit for the lowest byte.
+__device__ __forceinline__ u32 permute_bytes(u32 first, u32 second, u32 which) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(first), "r"(second), "r"(which));
+    return result;
+}
+
+// Products of two pairs of float16.
+__device__ __forceinline__ Pair multiply_f16(Pair a, Pair b) {
+    Pair product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+
+#if __CUDA_ARCH__ >= 890
+// Two e4m3 floats as float16.
+__device__ __forceinline__ Pair f16_from_e4m3(u16 two) {
+    Pair pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));
+    return pair;
+}
+#endif
+
+// Eight bytes of shared memory.
+__device__ __forceinline__ void load_8(Pair& first, Pair& second, u32 shared) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(first), "=r"(second)
+                 : "r"(shared)
+                 : "memory");
+}
+
+// Sine and cosine of an angle in -pi..pi, within about 2^-20 of the exact value.
+__device__ __forceinline__ float sin_approx(float x) {
+    float y;
+    asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float cos_approx(float x) {
+    float y;
+    asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / x, within about 2^-22 of the exact value; that of infinity is 0.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // 2^x and log2(x), within about 2^-22 of the exact value; 2^-inf is 0, log2(0) is -inf.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;

@@ -2,6 +2,7 @@
 // take longer to compile than the kernel itself.
 #pragma once
 
+using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
@@ -11,6 +12,7 @@ using i64 = long long;
 using Pair = u32;
 
 constexpr int WARP_SIZE = 32;
+constexpr float LOG2_E = 1.44269504f;
 #define NEG_INF __int_as_float(0xff800000)  // NVRTC has no constexpr infinity
 
 
@@ -20,6 +22,9 @@ struct alignas(16) Chunk {
 };
 struct alignas(16) Float4 {
     float x, y, z, w;
+};
+struct alignas(8) Pairs {
+    Pair first, second;
 };
 struct alignas(8) Float2 {
     float x, y;

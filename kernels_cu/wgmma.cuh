@@ -9,6 +9,12 @@
 #include "ptx_sm90.cuh"
 #include "tile.cuh"
 
+static_assert(HEAD_DIM_QK == HEAD_DIM_VO && Q_CHUNKS == QRows::CHUNKS && !CUPAGED_KV_FLOAT8,
+              "tiles of Q, K and V lie alike");
+constexpr int HEAD_DIM = HEAD_DIM_QK;
+constexpr int ROW_BYTES = Q_ROW_BYTES;
+constexpr int ROW_CHUNKS = QRows::CHUNKS;
+constexpr int ROWS_PER_PASS = QRows::PER_PASS;
 constexpr int GROUP_BYTES = 8 * ROW_BYTES;  // of eight rows
 constexpr int PANEL_BYTES = 1024;           // eight rows of 64 elements
 

@@ -14,10 +14,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import oracle
+from formula import Formula, visible
 
 Array = np.ndarray[Any, Any]
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+#: What K and V may be beside q's dtype.
+FLOAT8_DTYPES = {
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
 
 #: How q and out may lie in memory: on their own; the first heads of a projection that holds K and
 #: V too; with odd row lengths; one element off every boundary.
@@ -66,8 +73,8 @@ class Batch:
     qo_len, kv_len : tuple of int
     pages : tuple of tuple of int
         Page numbers of each request.
-    page_size, num_qo_heads, num_kv_heads, head_dim : int
-    dtype, kv_layout : str
+    page_size, num_qo_heads, num_kv_heads, head_dim, head_dim_vo : int
+    dtype, kv_dtype, kv_layout : str
     stacked : bool
     q_view : View
         [nnz_qo, num_qo_heads, head_dim]
@@ -84,7 +91,9 @@ class Batch:
     num_qo_heads: int
     num_kv_heads: int
     head_dim: int
+    head_dim_vo: int
     dtype: str
+    kv_dtype: str
     kv_layout: str
     stacked: bool
     q_view: View
@@ -150,6 +159,10 @@ class Batch:
 
     def plan(self, wrapper: Any, **options: Any) -> None:
         """Plan the batch, from index arrays on the host."""
+        if self.head_dim_vo != self.head_dim:
+            options["head_dim_vo"] = self.head_dim_vo
+        if self.kv_dtype != self.dtype:
+            options["kv_data_type"] = self.kv_dtype
         wrapper.plan(*self.index_arrays, *self.geometry, q_data_type=self.dtype, **options)
 
     def keys_and_values(self) -> tuple[Any, Any]:
@@ -173,6 +186,20 @@ class Batch:
         page, place = self.pages[r][key // self.page_size], key % self.page_size
         return (page, place) if self.kv_layout == "NHD" else (page, slice(None), place)
 
+    def poison_hidden_keys(self, formula: Formula) -> None:
+        """Make every key NaN that no row of any request sees."""
+        seen: set[tuple[int, int]] = set()
+        for r, (qo_len, kv_len) in enumerate(zip(self.qo_len, self.kv_len, strict=True)):
+            mask = None if formula.custom_mask is None else formula.custom_mask[r]
+            by_row = visible(qo_len, kv_len, formula.causal, formula.window_left, mask)
+            keys = np.flatnonzero(by_row.any(axis=0))
+            seen |= {(self.pages[r][j // self.page_size], j % self.page_size) for j in keys}
+        k, _ = self.keys_and_values()
+        for r, kv_len in enumerate(self.kv_len):
+            for j in range(kv_len):
+                if (self.pages[r][j // self.page_size], j % self.page_size) not in seen:
+                    k[self.slot(r, j)] = np.nan
+
     def alone(self, r: int) -> Batch:
         """Request `r` as a batch of its own, with the same cache."""
         begin = sum(self.qo_len[:r])
@@ -187,7 +214,8 @@ class Batch:
 
     def poisoned_out(self, form: str = "contiguous") -> View:
         """An `out`, all NaN."""
-        return rows_view(form, self.nnz_qo, self.num_qo_heads, self.head_dim, DTYPES[self.dtype])
+        dtype = DTYPES[self.dtype]
+        return rows_view(form, self.nnz_qo, self.num_qo_heads, self.head_dim_vo, dtype)
 
     def poisoned_lse(self, strided: bool = False) -> View:
         """An `lse`, all NaN."""
@@ -199,9 +227,9 @@ class Batch:
 
 
 def _cache_views(
-    form: str, shape: tuple[int, ...], dtype: np.dtype[Any], kv_layout: str
+    form: str, shape: tuple[int, ...], head_dim_vo: int, dtype: np.dtype[Any], kv_layout: str
 ) -> tuple[View, ...]:
-    """A cache of NaN; `shape` is [num_pages, page_size, num_kv_heads, head_dim]."""
+    """A cache of NaN; `shape` is K's, [num_pages, page_size, num_kv_heads, head_dim]."""
     num_pages, page_size, heads, head_dim = shape
     inner = (page_size, heads) if kv_layout == "NHD" else (heads, page_size)
 
@@ -209,15 +237,17 @@ def _cache_views(
         return np.full(axes, np.nan, dtype)
 
     if form == "stacked":
+        assert head_dim == head_dim_vo
         return (View(nan(num_pages, 2, *inner, head_dim), (slice(None),)),)
     if form == "tuple":
-        return tuple(View(nan(num_pages, *inner, head_dim), (slice(None),)) for _ in range(2))
-    # Padding in elements by multiples of 8, so that rows stay aligned to 16 bytes.
+        dims = head_dim, head_dim_vo
+        return tuple(View(nan(num_pages, *inner, dim), (slice(None),)) for dim in dims)
+    pad = 16 // dtype.itemsize  # rows stay aligned to 16 bytes
     k = nan(num_pages, inner[0] + 1, inner[1], head_dim)
-    v = nan(num_pages + 2, inner[0], inner[1] + 2, head_dim + 8)
+    v = nan(num_pages + 2, inner[0], inner[1] + 2, head_dim_vo + pad)
     return (
         View(k, (slice(None), slice(inner[0]))),
-        View(v, (slice(2, None), slice(None), slice(1, 1 + inner[1]), slice(8, None))),
+        View(v, (slice(2, None), slice(None), slice(1, 1 + inner[1]), slice(pad, None))),
     )
 
 
@@ -230,7 +260,9 @@ def build(
     num_kv_heads: int = 2,
     group: int = 1,
     head_dim: int = 64,
+    head_dim_vo: int | None = None,
     dtype: str = "float16",
+    kv_dtype: str | None = None,
     kv_layout: str = "NHD",
     cache_form: str = "tuple",
     q_form: str = "contiguous",
@@ -246,6 +278,8 @@ def build(
     qo_len, kv_len : sequence of int
     group : int
         Query heads of a KV head.
+    head_dim_vo, kv_dtype
+        `head_dim` and `dtype` where not given.
     cache_form, q_form : str
         Of `CACHE_FORMS` and `Q_FORMS`.
     spare_pages : int
@@ -265,6 +299,9 @@ def build(
         for n, s in zip(needed, shared, strict=True)
     )
     element = DTYPES[dtype]
+    kv_dtype = dtype if kv_dtype is None else kv_dtype
+    kv_element = {**DTYPES, **FLOAT8_DTYPES}[kv_dtype]
+    head_dim_vo = head_dim if head_dim_vo is None else head_dim_vo
     shape = (count + spare_pages, page_size, num_kv_heads, head_dim)
     batch = Batch(
         qo_len=tuple(qo_len),
@@ -274,11 +311,13 @@ def build(
         num_qo_heads=num_kv_heads * group,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        head_dim_vo=head_dim_vo,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         kv_layout=kv_layout,
         stacked=cache_form == "stacked",
         q_view=rows_view(q_form, sum(qo_len), num_kv_heads * group, head_dim, element),
-        cache_views=_cache_views(cache_form, shape, element, kv_layout),
+        cache_views=_cache_views(cache_form, shape, head_dim_vo, kv_element, kv_layout),
         index_dtype=index_dtype,
     )
     batch.q[...] = (rng.standard_normal(batch.q.shape) * magnitude).astype(element)
@@ -287,5 +326,6 @@ def build(
             used = min(page_size, length - begin)
             for x in batch.keys_and_values():
                 tokens = x[page] if kv_layout == "NHD" else x[page].swapaxes(0, 1)
-                tokens[:used] = rng.standard_normal((used, num_kv_heads, head_dim)).astype(element)
+                drawn = rng.standard_normal((used, num_kv_heads, x.shape[-1]))
+                tokens[:used] = drawn.astype(kv_element)
     return batch

@@ -75,9 +75,9 @@ def planned(
 
 
 @st.composite
-def calls(draw: st.DrawFn, **bounds: int) -> tuple[strategies.Call, int]:
+def calls(draw: st.DrawFn, variants: bool = False, **bounds: int) -> tuple[strategies.Call, int]:
     """Whole calls of decoding, and the rows of every request in them."""
-    call = draw(strategies.calls(max_qo=1, **bounds))
+    call = draw(strategies.calls(max_qo=1, variants=variants, decoding=True, **bounds))
     q_len = draw(st.one_of(st.just(1), st.integers(1, MOST_Q_LEN)))
     group = draw(st.sampled_from(GROUPS))
     call = replace(

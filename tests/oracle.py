@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from formula import Formula, alibi_slope, rotated, visible
 
 Array = np.ndarray[Any, Any]
 
@@ -20,48 +21,6 @@ UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 HALF_SMALLEST = {"float16": 2.0**-25, "bfloat16": 2.0**-134}
 
 LSE_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class Formula:
-    """The options of a call that change its numbers."""
-
-    causal: bool = False
-    sm_scale: float | None = None
-    q_scale: float | None = None
-    k_scale: float | None = None
-    v_scale: float | None = None
-    lse_base: str = "log2"
-
-    @property
-    def plan_options(self) -> dict[str, Any]:
-        return {"causal": self.causal, "sm_scale": self.sm_scale}
-
-    @property
-    def run_options(self) -> dict[str, Any]:
-        return {
-            "q_scale": self.q_scale,
-            "k_scale": self.k_scale,
-            "v_scale": self.v_scale,
-            "lse_base": self.lse_base,
-        }
-
-    def logit_scale(self, head_dim: int) -> float:
-        scale = 1 / math.sqrt(head_dim) if self.sm_scale is None else self.sm_scale
-        for factor in (self.q_scale, self.k_scale):
-            scale *= 1.0 if factor is None else factor
-        return scale
-
-    def output_scale(self) -> float:
-        return 1.0 if self.v_scale is None else self.v_scale
-
-
-def visible(qo_len: int, kv_len: int, causal: bool) -> Array:
-    """Bool [qo_len, kv_len]: which keys each query row sees."""
-    row, key = np.arange(qo_len)[:, None], np.arange(kv_len)
-    if not causal:
-        return np.ones((qo_len, kv_len), np.bool_)
-    return key <= kv_len - qo_len + row
 
 
 def _grouped(x: Array, group: int) -> Array:
@@ -109,23 +68,26 @@ def attend(q: Array, k: Array, v: Array, formula: Formula) -> tuple[Array, Array
 
     Parameters
     ----------
-    q : [qo_len, num_qo_heads, head_dim]
-    k, v : [kv_len, num_kv_heads, head_dim]
+    q : [qo_len, num_qo_heads, head_dim_qk]
+    k, v : [kv_len, num_kv_heads, head_dim_qk or head_dim_vo]
         Gathered: key `j` is the request's `j`-th.
+    formula : Formula
+        With the request's own mask, if any.
 
     Returns
     -------
-    out : float64 [qo_len, num_qo_heads, head_dim]
+    out : float64 [qo_len, num_qo_heads, head_dim_vo]
     lse : float64 [qo_len, num_qo_heads]
     """
     return _attend(q, k, v, formula, np.dtype(np.float64), None)
 
 
 def plain_same_dtype(q: Array, k: Array, v: Array, formula: Formula) -> Array:
-    """The formula as one would write it in the inputs' dtype, with a float32 softmax.
+    """The formula as one would write it in q's dtype, with a float32 softmax.
 
-    Products accumulate in float32 and the logits stay there; the normalised weights are rounded
-    to the inputs' dtype before they meet V, and so is the output.
+    Queries and keys are rounded to q's dtype once they are rotated. Products accumulate in float32
+    and the logits stay there; the normalised weights are rounded to q's dtype before they meet V,
+    and so is the output. float8 keys and values are numbers of q's dtype, too.
     """
     return _attend(q, k, v, formula, np.dtype(np.float32), q.dtype)[0]
 
@@ -134,13 +96,35 @@ def _attend(
     q: Array, k: Array, v: Array, formula: Formula, compute: np.dtype[Any], rounded: Any
 ) -> tuple[Array, Array]:
     group = q.shape[1] // k.shape[1]
-    queries = _grouped(q.astype(compute), group)
-    keys, values = (x.astype(compute).transpose(1, 0, 2) for x in (k, v))
-    seen = visible(len(q), len(k), formula.causal)
-    scale = compute.type(formula.logit_scale(q.shape[2]))
+    (mask,) = (None,) if formula.custom_mask is None else formula.custom_mask
+    seen = visible(len(q), len(k), formula.causal, formula.window_left, mask)
+    queries, keys, values = (x.astype(compute) for x in (q, k, v))
+    own, key = len(k) - len(q) + np.arange(len(q)), np.arange(len(k))
     with np.errstate(invalid="ignore", over="ignore"):
-        logits = (queries @ keys[:, None].transpose(0, 1, 3, 2)) * scale
+        if formula.pos_encoding_mode == "ROPE_LLAMA":
+            queries, keys = (
+                rotated(x, positions, formula.rope_scale or 1.0, formula.rope_theta or 1e4)
+                for x, positions in ((queries, own), (keys, key))
+            )
+            if rounded is not None:
+                queries, keys = (x.astype(rounded).astype(compute) for x in (queries, keys))
+        keys, values = keys.transpose(1, 0, 2), values.transpose(1, 0, 2)
+        logits = _grouped(queries, group) @ keys[:, None].transpose(0, 1, 3, 2)
+        logits *= compute.type(formula.logit_scale(q.shape[2]))
+        if formula.logits_soft_cap is not None and formula.logits_soft_cap > 0:
+            cap = compute.type(formula.logits_soft_cap)
+            logits = cap * np.tanh(logits / cap)
+        if formula.pos_encoding_mode == "ALIBI":
+            slopes = [alibi_slope(head, q.shape[1]) for head in range(q.shape[1])]
+            slopes_of = np.array(slopes, compute).reshape(-1, group, 1, 1)
+            logits += slopes_of * (key - own[:, None]).astype(compute)
         weights, total, top = _weights(logits, seen)
+        if formula.sinks is not None:
+            sinks = formula.sinks.astype(compute).reshape(-1, group, 1)
+            # The larger of both is subtracted: neither exponential overflows.
+            higher = np.maximum(top, sinks)
+            weights *= np.exp(top - higher)[..., None]
+            total, top = total * np.exp(top - higher) + np.exp(sinks - higher), higher
         empty = ~seen.any(axis=-1)
         total = np.where(empty, 1, total)
         weights /= total[..., None]
@@ -234,7 +218,26 @@ def assert_close(
         )
 
 
-def assert_lse_close(lse: Array, expected: Array, what: str = "lse") -> None:
+def lse_tolerance(q: Array, k: Array, formula: Formula) -> float:
+    """The largest error allowed in a request's LSE.
+
+    With RoPE, rotated queries and keys are rounded: a logit may be wrong by two roundings of the
+    longest ones' product. Rotating changes no length.
+    """
+    if formula.pos_encoding_mode != "ROPE_LLAMA" or not q.size or not k.size:
+        return LSE_TOLERANCE
+    longest_q, longest_k = (
+        np.linalg.norm(np.nan_to_num(x.astype(np.float64), posinf=0, neginf=0), axis=-1).max()
+        for x in (q, k)
+    )
+    product = abs(formula.logit_scale(q.shape[2])) * float(longest_q * longest_k)
+    base = math.log(2.0) if formula.lse_base == "log2" else 1.0
+    return LSE_TOLERANCE + 2 * UNIT_ROUNDOFF[q.dtype.name] * product / base
+
+
+def assert_lse_close(
+    lse: Array, expected: Array, what: str = "lse", allowed: float = LSE_TOLERANCE
+) -> None:
     """Hold one request's LSE [qo_len, num_qo_heads] to the contract."""
     assert lse.shape == expected.shape, f"{what}: shape {lse.shape}, expected {expected.shape}"
     assert lse.dtype == np.float32, f"{what}: {lse.dtype}, expected float32"
@@ -246,11 +249,11 @@ def assert_lse_close(lse: Array, expected: Array, what: str = "lse") -> None:
     _check_kind(got, expected, what)
     with np.errstate(invalid="ignore"):
         error = np.nan_to_num(np.abs(got - expected), nan=0.0)
-    if error.size and error.max() > LSE_TOLERANCE:
+    if error.size and error.max() > allowed:
         index = _worst(error)
         raise AssertionError(
             f"{what}, {_place(index)}: got {got[index]:.8g}, expected {expected[index]:.8g}: "
-            f"off by {error[index]:.3g}, allowed {LSE_TOLERANCE:g}"
+            f"off by {error[index]:.3g}, allowed {allowed:g}"
         )
 
 
@@ -277,6 +280,7 @@ class Expected:
     lse: Array
     same_dtype: Array
     seen_rows: Array
+    lse_allowed: float
 
 
 def expect(batch: Any, formula: Formula) -> list[Expected]:
@@ -285,13 +289,17 @@ def expect(batch: Any, formula: Formula) -> list[Expected]:
     for r, qo_len in enumerate(batch.qo_len):
         if qo_len:
             q, k, v = batch.gathered(r)
+            own = formula.of(r)
+            mask = None if own.custom_mask is None else own.custom_mask[0]
+            seen = visible(qo_len, len(k), formula.causal, formula.window_left, mask)
             found.append(
                 Expected(
                     f"request {r} ({qo_len} queries, {len(k)} keys)",
                     slice(begin, begin + qo_len),
-                    *attend(q, k, v, formula),
-                    plain_same_dtype(q, k, v, formula),
-                    visible(qo_len, len(k), formula.causal).any(axis=1),
+                    *attend(q, k, v, own),
+                    plain_same_dtype(q, k, v, own),
+                    seen.any(axis=1),
+                    lse_tolerance(q, k, own),
                 )
             )
         begin += qo_len
@@ -310,7 +318,8 @@ def check_expected(expected: list[Expected], out: Array, lse: Array | None = Non
     for one in expected:
         assert_close(out[one.rows], one.out, one.same_dtype, one.seen_rows, f"out of {one.what}")
         if lse is not None:
-            assert_lse_close(lse[one.rows], one.lse, f"lse of {one.what}")
+            what = f"lse of {one.what}"
+            assert_lse_close(lse[one.rows], one.lse, what, one.lse_allowed)
     rows = expected[-1].rows.stop if expected else 0
     assert len(out) == rows, f"out has {len(out)} rows, expected {rows}"
     assert lse is None or len(lse) == rows

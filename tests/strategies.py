@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import batches
@@ -17,6 +17,10 @@ import cupaged
 
 GROUPS = (1, 3, 4, 7, 12)
 
+HEAD_DIMS = (64, 128, 256)
+#: head_dim_qk and head_dim_vo, where not only the usual ones are drawn.
+ALL_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+
 #: Elements of a request's q.
 MOST_ELEMENTS = 200_000
 
@@ -25,9 +29,18 @@ MOST_ELEMENTS = 200_000
 _EDGES = [0, 1, 2, *(n + d for n in (16, 32, 64, 80, 128, 192) for d in (-1, 0, 1))]
 
 
+#: What a custom mask shows: nothing; every key; each key for itself, or runs of keys that all rows
+#: see alike, by chance; for some rows none.
+MASKS = ("nothing", "everything", "sparse", "even", "dense", "runs", "no rows")
+
+
 @dataclass(frozen=True)
 class Call:
-    """A call to make: what to build, how to plan it, and what to ask of `run()`."""
+    """A call to make: what to build, how to plan it, and what to ask of `run()`.
+
+    The formula has neither the mask nor the sinks yet, whose shapes follow from the rest:
+    `whole_formula()` draws them.
+    """
 
     seed: int
     qo_len: tuple[int, ...]
@@ -38,10 +51,42 @@ class Call:
     given_out: str | None  # of batches.Q_FORMS
     given_lse: str | None  # "contiguous" or "strided"
     return_lse: bool
+    mask: str | None = None  # of MASKS
+    packed_mask: bool = False
+    sinks: float | None = None  # their mean
+    poison_hidden_keys: bool = False
 
     def batch(self) -> batches.Batch:
         rng = np.random.default_rng(self.seed)
-        return batches.build(rng, self.qo_len, self.kv_len, **self.build_options)
+        batch = batches.build(rng, self.qo_len, self.kv_len, **self.build_options)
+        if self.poison_hidden_keys:
+            batch.poison_hidden_keys(self.whole_formula())
+        return batch
+
+    def whole_formula(self) -> Formula:
+        rng = np.random.default_rng([self.seed, 1])
+        num_qo_heads = self.build_options["num_kv_heads"] * self.build_options["group"]
+        formula = self.formula
+        if self.sinks is not None:
+            sinks = rng.normal(self.sinks, 3.0, num_qo_heads).astype(np.float32)
+            formula = replace(formula, sinks=sinks)
+        if self.mask is not None:
+            lengths = zip(self.qo_len, self.kv_len, strict=True)
+            masks = tuple(random_mask(rng, self.mask, *pair) for pair in lengths)
+            formula = replace(formula, custom_mask=masks)
+        return formula
+
+
+def random_mask(rng: np.random.Generator, kind: str, qo_len: int, kv_len: int) -> np.ndarray:
+    """A mask [qo_len, kv_len] of one of `MASKS`."""
+    shape = (qo_len, kv_len)
+    if kind == "runs":
+        edges = rng.random(kv_len) < 1 / 40
+        return np.broadcast_to(np.cumsum(edges) % 2 == 0, shape).copy()
+    if kind == "no rows":
+        return np.broadcast_to(rng.random(qo_len)[:, None] < 0.5, shape).copy()
+    shown = {"nothing": 0.0, "everything": 1.0, "sparse": 0.02, "even": 0.5, "dense": 0.98}
+    return rng.random(shape) < shown[kind]
 
 
 def lengths(longest: int) -> st.SearchStrategy[int]:
@@ -53,22 +98,78 @@ def scales() -> st.SearchStrategy[float | None]:
     return st.one_of(st.none(), st.sampled_from([0.0, -1.0, 0.5]), st.floats(-2.0, 2.0, width=32))
 
 
+def sometimes(strategy: st.SearchStrategy[Any], default: Any = None) -> st.SearchStrategy[Any]:
+    return st.one_of(st.just(default), strategy)
+
+
+@st.composite
+def _with_variants(draw: st.DrawFn, call: Call, max_kv: int, decoding: bool) -> Call:
+    """The same call with what is off by default; `decoding` has neither masks nor other V heads."""
+    head_dim, head_dim_vo = draw(
+        st.sampled_from([dims for dims in ALL_HEAD_DIMS if dims[0] == dims[1] or not decoding])
+    )
+    mode = draw(st.sampled_from(["NONE", "NONE", "ALIBI", "ROPE_LLAMA"]))
+    factor = sometimes(st.floats(0.25, 64.0))
+    # The rotation of float8 keys is not served.
+    float8 = draw(sometimes(st.sampled_from(list(batches.FLOAT8_DTYPES))))
+    options: dict[str, Any] = {
+        "head_dim": head_dim,
+        "head_dim_vo": head_dim_vo,
+        "kv_dtype": None if mode == "ROPE_LLAMA" else float8,
+    }
+    if head_dim != head_dim_vo and call.build_options["cache_form"] == "stacked":
+        options["cache_form"] = "strided"
+    formula = replace(
+        call.formula,
+        window_left=draw(sometimes(st.one_of(st.sampled_from([0, 1]), lengths(max_kv)), -1)),
+        logits_soft_cap=draw(sometimes(st.sampled_from([-1.0, 0.0, 0.5, 8.0, 30.0, 1e4]))),
+        pos_encoding_mode=mode,
+        rope_scale=draw(factor) if mode == "ROPE_LLAMA" else None,
+        rope_theta=draw(sometimes(st.floats(2.0, 1e7))) if mode == "ROPE_LLAMA" else None,
+    )
+    return replace(
+        call,
+        build_options=call.build_options | options,
+        formula=formula,
+        mask=None if decoding else draw(sometimes(st.sampled_from(MASKS))),
+        packed_mask=draw(st.booleans()),
+        sinks=draw(sometimes(st.sampled_from([-30.0, 0.0, 3.0, 60.0]))),
+        poison_hidden_keys=True,
+    )
+
+
 @st.composite
 def calls(
-    draw: st.DrawFn, max_batch: int = 5, max_qo: int = 64, max_kv: int = 200, max_page: int = 33
+    draw: st.DrawFn,
+    max_batch: int = 5,
+    max_qo: int = 64,
+    max_kv: int = 200,
+    max_page: int = 33,
+    variants: bool = False,
+    decoding: bool = False,
 ) -> Call:
-    """Whole calls; `max_qo` and `max_kv` bound the lengths of a request."""
+    """Whole calls.
+
+    Parameters
+    ----------
+    max_batch, max_qo, max_kv, max_page : int
+        Of requests, of the rows and keys of one, and of the slots of a page.
+    variants : bool
+        Draw what is off by default, too, and all of it at once.
+    decoding : bool
+        Only such variants as a decode wrapper takes.
+    """
     batch = draw(st.integers(0, max_batch))
     page_size = draw(st.one_of(st.sampled_from([1, 16, 32]), st.integers(1, max_page)))
     num_kv_heads = draw(st.integers(1, 3))
     group = draw(st.sampled_from(GROUPS))
-    head_dim = draw(st.sampled_from([64, 128, 256]))
+    head_dim = draw(st.sampled_from(HEAD_DIMS))
     # Long queries of many wide heads cost the formula much and find little.
     max_qo = min(max_qo, MOST_ELEMENTS // (num_kv_heads * group * head_dim))
     fixed = draw(st.one_of(st.none(), st.integers(1, 1 + max_kv // page_size)))
     given_out = draw(st.sampled_from([None, *batches.Q_FORMS]))
     factor = st.one_of(st.none(), scales())
-    return Call(
+    call = Call(
         seed=draw(st.integers(0, 2**32 - 1)),
         qo_len=tuple(draw(lengths(max_qo)) for _ in range(batch)),
         kv_len=tuple(draw(lengths(max_kv)) for _ in range(batch)),
@@ -101,6 +202,7 @@ def calls(
         given_lse=draw(st.sampled_from([None, "contiguous", "strided"])),
         return_lse=draw(st.booleans()),
     )
+    return draw(_with_variants(call, max_kv, decoding)) if variants else call
 
 
 def check_call(
@@ -122,12 +224,18 @@ def check_call(
     if call.given_lse is not None:
         views["lse"] = host.poisoned_lse(call.given_lse == "strided").on(asarray)
     given = {name: view.array for name, view in views.items()}
+    formula = call.whole_formula()
+    plan_options, run_options = formula.plan_options, formula.run_options
+    if formula.custom_mask is not None:
+        name = "packed_custom_mask" if call.packed_mask else "custom_mask"
+        mask = formula.packed_mask if call.packed_mask else formula.flat_mask
+        plan_options |= {"custom_mask": None, name: asarray(mask)}
+    if formula.sinks is not None:
+        run_options["sinks"] = asarray(formula.sinks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", cupaged.CupagedWarning)
-        batch.plan(wrapper, **call.plan_options, **call.formula.plan_options)
-    result = wrapper.run(
-        batch.q, batch.cache, return_lse=call.return_lse, **given, **call.formula.run_options
-    )
+        batch.plan(wrapper, **call.plan_options, **plan_options)
+    result = wrapper.run(batch.q, batch.cache, return_lse=call.return_lse, **given, **run_options)
     returned = dict(zip(("out", "lse"), result if call.return_lse else (result,), strict=False))
     for name in given.keys() & returned.keys():
         assert returned[name] is given[name], f"{name} is not the one given"
@@ -136,4 +244,4 @@ def check_call(
         on_host = view.on(asnumpy)
         arrays[name] = on_host.array
         assert np.isnan(on_host.outside()).all(), f"written outside of the given {name}"
-    oracle.check_all(host, call.formula, arrays["out"], arrays.get("lse"))
+    oracle.check_all(host, formula, arrays["out"], arrays.get("lse"))

@@ -1,0 +1,303 @@
+"""What the doors of other libraries share: plans that are kept, and running them.
+
+Their functions are called anew for every layer, with all that `plan()` would be told: a call whose
+lengths are those of one before finds its plan again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cupaged import arrays, bands, devices
+from cupaged.bands import Band
+from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
+from cupaged.ragged import BatchPrefillWithRaggedKVCacheWrapper
+
+Array = Any  # a numpy.ndarray or a cupy.ndarray
+IntArray = npt.NDArray[np.int64]
+
+_MOST_PLANS = 8
+
+
+class Call(NamedTuple):
+    """What a call is, apart from lengths: the arguments of `plan()`.
+
+    Attributes
+    ----------
+    num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo : int
+    dtype, kv_dtype : str
+        Of q, and of K and V.
+    sm_scale, logits_soft_cap : float, optional
+    pos_encoding_mode : str
+    disable_split_kv : bool
+    """
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_qk: int
+    head_dim_vo: int
+    dtype: str
+    kv_dtype: str
+    sm_scale: float | None = None
+    logits_soft_cap: float | None = None
+    pos_encoding_mode: str = "NONE"
+    disable_split_kv: bool = False
+
+
+class Rows(NamedTuple):
+    """Keys that lie one behind the other: request `r`'s from row `begin[r]` of K on."""
+
+    begin: IntArray
+
+
+class Pages(NamedTuple):
+    """Keys in pages: request `r`'s from key 0 of page `table[r, first[r]]` on.
+
+    `name` is what the caller calls the table.
+    """
+
+    table: npt.NDArray[Any]
+    first: IntArray
+    page_size: int
+    name: str
+
+
+class Index:
+    """An index array of the caller's.
+
+    Parameters
+    ----------
+    x : array, list or tuple
+    name : str
+
+    Attributes
+    ----------
+    key : Hashable
+        Differs where the values may differ, for as long as `x` is kept. What can't be changed
+        unseen is not read for it: a JAX array, and a PyTorch tensor on a device, which counts its
+        changes. All else is, which waits for the device where it is on one.
+    """
+
+    def __init__(self, x: Any, name: str) -> None:
+        self.x, self.name = x, name
+        kind = arrays.framework(x)
+        if kind == "jax":
+            self.key: Hashable = id(x)
+        elif kind == "torch" and x.is_cuda and not x.is_inference():
+            place = (x.data_ptr(), x.get_device(), x.dtype)
+            self.key = (*place, tuple(x.shape), x.stride(), x._version)
+        else:
+            self.key = (self.values.dtype.char, self.values.shape, self.values.tobytes())
+
+    @cached_property
+    def values(self) -> npt.NDArray[Any]:
+        """On the host."""
+        return arrays.import_index(self.x, self.name)
+
+
+class Planned(NamedTuple):
+    """A plan that is kept.
+
+    Attributes
+    ----------
+    wrapper : wrapper of a batch prefill
+    owners : tuple
+        What its key is about.
+    pages : Pages, optional
+    highest : int
+        The highest page number, -1 where there is none; of rows: the number that K must have.
+    """
+
+    wrapper: Any
+    owners: tuple[Any, ...]
+    pages: Pages | None
+    highest: int
+
+
+_plans: OrderedDict[Hashable, Planned] = OrderedDict()
+_lock = Lock()
+
+
+def planned(
+    call: Call,
+    place: tuple[int | None, int],
+    key: Hashable,
+    describe: Callable[[], tuple[Band, Rows | Pages]],
+    owners: tuple[Any, ...] = (),
+) -> Planned:
+    """The plan of a call, kept or made.
+
+    Parameters
+    ----------
+    call : Call
+    place : tuple
+        The device of the work, None for the host, and its stream; the current ones.
+    key : Hashable
+        Stands for all that `describe()` depends on.
+    describe : callable
+        What each row sees, and where the keys are.
+    owners : tuple
+        What has to be kept for `key` to stay right.
+
+    Raises
+    ------
+    RuntimeError
+        A CUDA graph is being captured.
+    TypeError, ValueError, NotImplementedError, BackendUnavailableError
+        As `describe()` and `plan()` do.
+    """
+    device, stream = place
+    if device is not None and devices.is_recorded(stream):
+        raise RuntimeError(
+            "a CUDA graph is being captured, and lengths are read on the host: capture a wrapper "
+            "made with use_cuda_graph=True"
+        )
+    key = (call, place, key)
+    with _lock:
+        found = _plans.get(key)
+        if found is not None:
+            _plans.move_to_end(key)
+            return found
+    made = _plan(call, device, describe(), owners)
+    with _lock:
+        _plans[key] = made
+        while len(_plans) > _MOST_PLANS:
+            _plans.popitem(last=False)
+    return made
+
+
+def _plan(
+    call: Call, device: int | None, batch: tuple[Band, Rows | Pages], owners: tuple[Any, ...]
+) -> Planned:
+    band, keys = batch
+    view = bands.view(band)
+    backend = "reference" if device is None else "cuda"
+    qo_indptr = _starts(band.qo_len)
+    options = {
+        "causal": view.causal,
+        "window_left": view.window_left,
+        "packed_custom_mask": view.packed_mask,
+        "sm_scale": call.sm_scale,
+        "logits_soft_cap": call.logits_soft_cap,
+        "pos_encoding_mode": call.pos_encoding_mode,
+        "q_data_type": call.dtype,
+        "kv_data_type": call.kv_dtype,
+        "disable_split_kv": call.disable_split_kv,
+    }
+    heads = (call.num_qo_heads, call.num_kv_heads, call.head_dim_qk)
+    if isinstance(keys, Rows):
+        ragged = BatchPrefillWithRaggedKVCacheWrapper(backend=backend)
+        ragged._plan_rows(
+            *(qo_indptr, keys.begin, view.kv_len, *heads), head_dim_vo=call.head_dim_vo, **options
+        )
+        ends = (keys.begin + view.kv_len)[view.kv_len > 0]
+        return Planned(ragged, owners, None, int(ends.max(initial=0)))
+    counts = -(-view.kv_len // keys.page_size)
+    indices = _chosen(keys, counts)
+    last_page_len = view.kv_len - np.maximum(counts - 1, 0) * keys.page_size
+    paged = BatchPrefillWithPagedKVCacheWrapper(backend=backend)
+    paged.plan(
+        *(qo_indptr, _starts(counts), indices, last_page_len),
+        *(*heads, keys.page_size),
+        head_dim_vo=call.head_dim_vo,
+        **options,
+    )
+    return Planned(paged, owners, keys, int(indices.max(initial=-1)))
+
+
+def _starts(counts: IntArray) -> IntArray:
+    """0, and where each request ends."""
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)))
+
+
+def _chosen(keys: Pages, counts: IntArray) -> npt.NDArray[Any]:
+    """The page numbers of so many pages of each request."""
+    batch, width = keys.table.shape
+    short = keys.first + counts > width
+    if short.any():
+        r = int(short.argmax())
+        raise ValueError(
+            f"{keys.name} has {width} pages a request, expected at least "
+            f"{keys.first[r] + counts[r]}: request {r} has as many of {keys.page_size} tokens"
+        )
+    request = np.arange(batch).repeat(counts)
+    place = np.arange(len(request)) + (keys.first - _starts(counts)[:-1]).repeat(counts)
+    chosen = keys.table[request, place]
+    if len(chosen) and chosen.min() < 0:
+        i = int(chosen.argmin())
+        raise ValueError(
+            f"{keys.name}[{request[i]}, {place[i]}] = {chosen[i]}, expected at least 0"
+        )
+    return chosen
+
+
+def check_pages(plan: Planned, num_pages: int) -> None:
+    """Hold a plan over pages against a cache.
+
+    Raises
+    ------
+    ValueError
+        It has a page that the cache has not.
+    """
+    if plan.pages is not None and plan.highest >= num_pages:
+        raise ValueError(
+            f"{plan.pages.name} has page {plan.highest}, expected 0..{num_pages - 1}: "
+            f"the cache holds {num_pages} pages"
+        )
+
+
+def reshaped(x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` in another shape; a copy where strides can't say it.
+
+    CuPy copies what it has a name for: 16-bit floats go as integers.
+    """
+    bits = np.dtype(f"u{x.dtype.itemsize}")
+    return x.view(bits).reshape(shape).view(x.dtype)
+
+
+def attend(
+    plan: Planned, home: Any, q: Array, k: Array, v: Array, shape: tuple[int, ...], want_lse: bool
+) -> tuple[Any, Any]:
+    """Run a plan, and give the result out as the kind of array that the caller's is.
+
+    Parameters
+    ----------
+    plan : Planned
+    home : array
+        The caller's q, on whose stream the work goes, which is the current one.
+    q, k, v : numpy.ndarray or cupy.ndarray
+        [rows, num_qo_heads, head_dim]; as the plan's wrapper takes them.
+    shape : tuple of int
+        Of the output.
+    want_lse : bool
+
+    Returns
+    -------
+    out : array of `shape`
+    lse : float32 array [num_qo_heads, rows] or None
+        Natural.
+    """
+    array, out = arrays.allocate_output(shape, q.dtype, q, home)
+    lse_array = lse = rows_lse = None
+    if want_lse:
+        lse_shape = (q.shape[1], q.shape[0])
+        lse_array, lse = arrays.allocate_output(lse_shape, np.dtype(np.float32), q, home)
+        rows_lse = lse_array.T
+    rows_out = array.reshape((q.shape[0], q.shape[1], shape[-1]))
+    options = {"out": rows_out, "lse": rows_lse, "lse_base": "ln"}
+    if plan.pages is None:
+        plan.wrapper.run(q, k, v, **options)
+    else:
+        plan.wrapper.run(q, (k, v), **options)
+    if out is None:
+        out = arrays.export(array, home)
+    if lse is None and want_lse:
+        lse = arrays.export(lse_array, home)
+    return out, lse
