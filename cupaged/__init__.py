@@ -7,13 +7,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cupaged.cascade import MultiLevelCascadeAttentionWrapper
-    from cupaged.decode import BatchDecodeWithPagedKVCacheWrapper
+    from cupaged.decode import (
+        BatchDecodeWithPagedKVCacheWrapper,
+        CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+    )
     from cupaged.errors import BackendUnavailableError, CupagedWarning
+    from cupaged.masks import packbits, segment_packbits
     from cupaged.merging import merge_state, merge_state_in_place, merge_states
     from cupaged.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
     from cupaged.page_pool import OutOfPagesError
     from cupaged.paged_cache import PagedKVCache
     from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
+    from cupaged.ragged import BatchPrefillWithRaggedKVCacheWrapper
+    from cupaged.single import (
+        single_decode_with_kv_cache,
+        single_prefill_with_kv_cache,
+        single_prefill_with_kv_cache_return_lse,
+    )
 
 __version__ = "0.1.0"
 
@@ -21,6 +31,8 @@ __all__ = [
     "BackendUnavailableError",
     "BatchDecodeWithPagedKVCacheWrapper",
     "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "CupagedWarning",
     "MultiLevelCascadeAttentionWrapper",
     "OutOfPagesError",
@@ -32,6 +44,11 @@ __all__ = [
     "merge_state",
     "merge_state_in_place",
     "merge_states",
+    "packbits",
+    "segment_packbits",
+    "single_decode_with_kv_cache",
+    "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
 ]
 
 #: Public name → its module, imported when the name is first used: `import cupaged` costs nothing.
@@ -39,6 +56,8 @@ _HOMES = {
     "BackendUnavailableError": "cupaged.errors",
     "BatchDecodeWithPagedKVCacheWrapper": "cupaged.decode",
     "BatchPrefillWithPagedKVCacheWrapper": "cupaged.prefill",
+    "BatchPrefillWithRaggedKVCacheWrapper": "cupaged.ragged",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "cupaged.decode",
     "CupagedWarning": "cupaged.errors",
     "MultiLevelCascadeAttentionWrapper": "cupaged.cascade",
     "OutOfPagesError": "cupaged.page_pool",
@@ -49,6 +68,11 @@ _HOMES = {
     "merge_state": "cupaged.merging",
     "merge_state_in_place": "cupaged.merging",
     "merge_states": "cupaged.merging",
+    "packbits": "cupaged.masks",
+    "segment_packbits": "cupaged.masks",
+    "single_decode_with_kv_cache": "cupaged.single",
+    "single_prefill_with_kv_cache": "cupaged.single",
+    "single_prefill_with_kv_cache_return_lse": "cupaged.single",
 }
 
 

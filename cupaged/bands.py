@@ -6,7 +6,7 @@ need not end in the bottom right corner.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +17,18 @@ IntArray = npt.NDArray[np.int64]
 class Band(NamedTuple):
     """Row `i` of request `r` sees key `j` where all of these hold.
 
-    - `hidden[r] <= j < kv_len[r]`
+    - `0 <= j < kv_len[r]`
     - `j >= i + diagonal[r] - left`, where `left` is not None
     - `j <= i + diagonal[r] + right`, where `right` is not None
 
     Attributes
     ----------
-    qo_len, kv_len, hidden, diagonal : int64 [batch]
+    qo_len, kv_len, diagonal : int64 [batch]
     left, right : int or None
     """
 
     qo_len: IntArray
     kv_len: IntArray
-    hidden: IntArray
     diagonal: IntArray
     left: int | None
     right: int | None
@@ -54,23 +53,14 @@ class View(NamedTuple):
     packed_mask: npt.NDArray[np.uint8] | None
 
 
-def bottom_right(
-    qo_len: IntArray,
-    kv_len: IntArray,
-    left: int | None,
-    right: int | None,
-    hidden: IntArray | None = None,
-) -> Band:
+def bottom_right(qo_len: IntArray, kv_len: IntArray, left: int | None, right: int | None) -> Band:
     """The band whose diagonal ends at each request's last row and key."""
-    if hidden is None:
-        hidden = np.zeros_like(kv_len)
-    return Band(qo_len, kv_len, hidden, kv_len - qo_len, left, right)
+    return Band(qo_len, kv_len, kv_len - qo_len, left, right)
 
 
 def top_left(qo_len: IntArray, kv_len: IntArray, left: int | None, right: int | None) -> Band:
     """The band whose diagonal begins at each request's first row and key."""
-    nothing = np.zeros_like(kv_len)
-    return Band(qo_len, kv_len, nothing, nothing, left, right)
+    return Band(qo_len, kv_len, np.zeros_like(kv_len), left, right)
 
 
 def view(band: Band) -> View:
@@ -83,11 +73,10 @@ def view(band: Band) -> View:
     some = (qo_len > 0) & (kv_len > 0)
     # By how much the diagonal of `plan()` is further to the right than the band's.
     shift = kv_len - qo_len - diagonal
-    if not (band.hidden[some] > 0).any():
-        causal = _causal(band, kv_len, shift, some)
-        window_left = _window_left(band, shift, some)
-        if causal is not None and window_left is not None:
-            return View(kv_len, causal, window_left, None)
+    causal = _causal(band, kv_len, shift, some)
+    window_left = _window_left(band, shift, some)
+    if causal is not None and window_left is not None:
+        return View(kv_len, causal, window_left, None)
     return View(kv_len, False, -1, _bits(band, kv_len))
 
 
@@ -126,11 +115,11 @@ def _bits(band: Band, kv_len: IntArray) -> npt.NDArray[np.uint8]:
     packed = [np.empty(0, np.uint8)]
     for r, (rows, keys) in enumerate(zip(band.qo_len, kv_len, strict=True)):
         key = np.arange(keys)
-        seen: npt.NDArray[Any] = np.broadcast_to(key >= band.hidden[r], (rows, keys))
+        seen: npt.NDArray[np.bool_] = np.ones((rows, keys), np.bool_)
         on_diagonal = np.arange(rows)[:, None] + band.diagonal[r]
         if band.left is not None:
-            seen = seen & (key >= on_diagonal - band.left)
+            seen &= key >= on_diagonal - band.left
         if band.right is not None:
-            seen = seen & (key <= on_diagonal + band.right)
+            seen &= key <= on_diagonal + band.right
         packed.append(np.packbits(seen, bitorder="little"))
     return np.concatenate(packed)

@@ -26,16 +26,6 @@ from cupaged.validate_cascade import Level, of_level
 _FLOAT32 = DTYPES["float32"]
 _ROWS_ARE = "qo_indptr[-1] of every level"
 
-#: Arguments of `plan()` that aren't served, and the values of each that are off.
-_OFF: dict[str, tuple[object, ...]] = {
-    "use_fp16_qk_reduction": (False,),
-    "window_left": (-1,),
-    "logits_soft_cap": (None, 0.0),
-    "rope_scale": (None,),
-    "rope_theta": (None,),
-}
-_UNSERVED = unserved.Arguments("plan()", _OFF, tuple(values[0] for values in _OFF.values()))
-
 
 class _Planned(NamedTuple):
     """A plan of every level."""
@@ -197,7 +187,7 @@ paged_kv_last_page_len_buf_arr : list of int32 array, optional
             For each level, the tokens in each group's last page, 1 to `page_size`.
         num_qo_heads, num_kv_heads : int
             The first a multiple of the second.
-        head_dim : {64, 128, 256}
+        head_dim : {64, 96, 128, 256}
         page_size : int
             Tokens of a page.
         causal : bool
@@ -205,11 +195,17 @@ paged_kv_last_page_len_buf_arr : list of int32 array, optional
             that it has there. All keys of the other levels are seen.
         sm_scale : float, optional
             What multiplies `q·k`; by default `1 / sqrt(head_dim)`.
+        logits_soft_cap : float, optional
+            Logits `x` become `cap * tanh(x / cap)`, where it is more than 0.
         q_data_type, kv_data_type : dtype or str
-            "float16" or "bfloat16", both the same.
-        pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, \
-rope_theta
-            Not served yet; anything but the default raises `NotImplementedError`.
+            "float16" or "bfloat16"; the second follows the first. K and V may be "float8_e4m3fn" or
+            "float8_e5m2" too.
+        pos_encoding_mode, window_left, rope_scale, rope_theta
+            With one level, as `BatchPrefillWithPagedKVCacheWrapper` takes them. Over several they
+            have no meaning, as a row has no place among the keys of a level: anything but the
+            default raises `NotImplementedError`.
+        use_fp16_qk_reduction
+            Not served; anything but the default raises `NotImplementedError`.
 
         Raises
         ------
@@ -232,15 +228,16 @@ rope_theta
         With `use_cuda_graph`, a plan that the buffers of a level have no room for fails when the
         levels before it have been planned: `run()` then asks for another plan.
         """
-        unserved.refuse(
-            _UNSERVED,
-            (use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, rope_theta),
-        )
+        unserved.refuse(unserved.CASCADE_PLAN, (use_fp16_qk_reduction,))
         spec = validate.attention_spec(
             *(num_qo_heads, num_kv_heads, head_dim, None, page_size, causal, sm_scale),
             *(dtype_names(q_data_type, kv_data_type, None), self._wrappers[0].kv_layout),
             "head_dim",
+            validate.Features(
+                *(window_left, logits_soft_cap, pos_encoding_mode, rope_scale, rope_theta)
+            ),
         )
+        validate_cascade.features(spec, self._num_levels)
         given = [
             validate_cascade.one_each(values, name, self._num_levels)
             for name, values in (
@@ -279,8 +276,7 @@ rope_theta
                     *level.index_arrays,
                     *(spec.num_qo_heads, spec.num_kv_heads, spec.head_dim_qk, spec.page_size),
                     causal=spec.causal and i == self._num_levels - 1,
-                    sm_scale=spec.sm_scale,
-                    q_data_type=spec.dtype,
+                    **validate_cascade.plan_options(spec),
                 )
             if self._graph is not None and i == 0:
                 assert device is not None  # which the wrapper has seen to

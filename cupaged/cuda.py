@@ -19,10 +19,13 @@ from cupaged.kernel_spec import PARAMS_DTYPE, field_offset
 _ROW_ALIGNMENT = 16
 
 # The fields of PARAMS_DTYPE that a call decides, in their order: five pointers and twelve strides;
-# a pointer, a flag and four factors.
+# a pointer, a flag and eight factors.
 _TENSORS = struct.Struct("5Q12q")
-_FACTORS = struct.Struct("Qi4f")
+_FACTORS = struct.Struct("Qi8f")
 _FACTORS_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "sinks")
+
+#: What goes with a soft cap, where there is none.
+_NO_CAP = (0.0,) * 5
 
 #: The smallest float32 that isn't subnormal. A scale of 0 becomes this: products vanish beside
 #: 1 all the same, and -inf stays -inf.
@@ -92,15 +95,12 @@ def run(
         *(out_row // 2, out_head // 2, lse_row // 4, lse_head // 4),
     )
     logit_scale, v_scale, lse_scale = factors
-    negative, inner_scale = logit_scale < 0, 0.0
+    sinks_pointer = 0 if sinks is None else sinks.data.ptr
     if plan.transform.is_on:
-        negative = False
-        logit_scale, inner_scale = plan.transform.factors(logit_scale)
-    magnitude = max(abs(logit_scale), _SMALLEST_SCALE)
-    numbers = (
-        *(0 if sinks is None else sinks.data.ptr, negative),
-        *(magnitude, inner_scale, v_scale, lse_scale),
-    )
+        numbers = (sinks_pointer, False, *plan.transform.factors(logit_scale), v_scale, lse_scale)
+    else:
+        magnitude = max(abs(logit_scale), _SMALLEST_SCALE)
+        numbers = (sinks_pointer, logit_scale < 0, magnitude, *_NO_CAP, v_scale, lse_scale)
     cuda = cupy().cuda
     waits = stream != plan.stream.ptr
     recorded = is_recorded(stream)

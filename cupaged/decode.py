@@ -316,6 +316,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
+        *,
         return_lse: bool = False,
     ) -> Any:
         """`run()` as FlashInfer once had it, with arguments of `plan()`.
@@ -330,12 +331,17 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
             "rope_theta": rope_theta,
         }
         self._plan_features(None, pos_encoding_mode, features)
-        scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
-        return self.run(q, paged_kv_cache, return_lse=return_lse, **scales)
+        return self.run(
+            *(q, paged_kv_cache),
+            q_scale=q_scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            return_lse=return_lse,
+        )
 
     def forward_return_lse(self, *args: Any, **options: Any) -> Any:
         """`forward()` with `return_lse=True`."""
-        return self.forward(*args, return_lse=True, **options)
+        return self.forward(*args, **options | {"return_lse": True})
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):

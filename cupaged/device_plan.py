@@ -9,8 +9,6 @@ import struct
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-
 from cupaged import kernels, tensor_maps
 from cupaged.devices import cupy, device_model
 from cupaged.kernel_spec import PARAMS_DTYPE, KernelConfig, field_offset
@@ -18,10 +16,10 @@ from cupaged.schedule import IntArray, Schedule
 from cupaged.spec import DTYPES, RAGGED, AttentionSpec
 from cupaged.staging import Upload, upload
 from cupaged.tensor_maps import TENSOR_MAP_BYTES
+from cupaged.transform import Transform
 from cupaged.variant_tables import Addresses, mask_tables, spec_tables
 
 _LOG2_E = math.log2(math.e)
-_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 #: What a launch is given: pointers to its three parameters, and then these.
 PARAMS_BEGIN = 32
@@ -86,26 +84,6 @@ class ReadyLaunch(NamedTuple):
         _POINTERS.pack_into(memory, 0, *(address + begin for begin in begins))
         _PLAN.pack_into(memory, _PLAN_BEGIN, *self.parameters)
         return memory, address
-
-
-class Transform:
-    """How the factor of the logits is shared out between the softmax and what comes before it.
-
-    See `policy.cuh`: a soft cap multiplies the products with the factor over the cap, and the
-    softmax with the cap; biases are added to logits that have their factor already.
-    """
-
-    def __init__(self, spec: AttentionSpec) -> None:
-        self._cap = spec.logits_soft_cap
-        self._biased = spec.needs.variant.alibi
-        self.is_on = self._biased or self._cap > 0
-
-    def factors(self, logit_scale: float) -> tuple[float, float]:
-        """The softmax's factor and the inner one, for a factor in base 2."""
-        capped = self._cap * _LOG2_E
-        inner = logit_scale / capped if self._cap else logit_scale
-        inner = min(max(inner, -_MAX_FLOAT32), _MAX_FLOAT32)
-        return (1.0 if self._biased else capped), inner
 
 
 class PlacedPlan:

@@ -1,7 +1,7 @@
 """Reads DLPack capsules in dtypes that `numpy.from_dlpack` and `cupy.from_dlpack` refuse.
 
-A host tensor's capsule is never renamed ("consumed"): it stays with the array as its base, so that the
-destructor that its producer gave it calls the deleter, once, when the last view is gone.
+A host tensor's capsule is never renamed ("consumed"): it stays with the array as its base, so that
+the destructor that its producer gave it calls the deleter, once, when the last view is gone.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ lengths are those of one before finds its plan again.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import cached_property
@@ -58,24 +59,55 @@ class Rows(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Keys in pages: request `r`'s from key 0 of page `table[r, first[r]]` on.
+    """Keys in pages: request `r`'s from key `begin[r]` of the pages `table[r]` on.
 
-    `name` is what the caller calls the table.
+    `name` is what the caller calls the table. Where a request begins inside of a page, K's pages
+    have to lie behind one another, at the same distance as their rows: they are cut into smaller
+    ones.
     """
 
     table: npt.NDArray[Any]
-    first: IntArray
+    begin: IntArray
     page_size: int
     name: str
 
 
+class Append(NamedTuple):
+    """The index arrays of `append_paged_kv_cache()`, by its names for them."""
+
+    batch_indices: IntArray
+    positions: IntArray
+    kv_indices: npt.NDArray[Any]
+    kv_indptr: IntArray
+    kv_last_page_len: IntArray
+
+
+class Batch(NamedTuple):
+    """What a caller's lengths say.
+
+    Attributes
+    ----------
+    band : Band
+        What each row sees.
+    keys : Rows or Pages
+    append : Append, optional
+        Where new tokens go.
+    """
+
+    band: Band
+    keys: Rows | Pages
+    append: Append | None = None
+
+
 class Index:
-    """An index array of the caller's.
+    """An array of the caller's that says something about lengths.
 
     Parameters
     ----------
     x : array, list or tuple
     name : str
+    read : callable
+        Brings it to the host.
 
     Attributes
     ----------
@@ -85,8 +117,13 @@ class Index:
         changes. All else is, which waits for the device where it is on one.
     """
 
-    def __init__(self, x: Any, name: str) -> None:
-        self.x, self.name = x, name
+    def __init__(
+        self,
+        x: Any,
+        name: str,
+        read: Callable[[Any, str], npt.NDArray[Any]] = arrays.import_index,
+    ) -> None:
+        self.x, self.name, self._read = x, name, read
         kind = arrays.framework(x)
         if kind == "jax":
             self.key: Hashable = id(x)
@@ -99,7 +136,7 @@ class Index:
     @cached_property
     def values(self) -> npt.NDArray[Any]:
         """On the host."""
-        return arrays.import_index(self.x, self.name)
+        return self._read(self.x, self.name)
 
 
 class Planned(NamedTuple):
@@ -108,17 +145,20 @@ class Planned(NamedTuple):
     Attributes
     ----------
     wrapper : wrapper of a batch prefill
+    batch : Batch
+    highest : int
+        The highest page number, -1 where there is none.
+    page_size : int
+        Of the pages that are planned for, of which the caller's are multiples; 0 of rows.
     owners : tuple
         What its key is about.
-    pages : Pages, optional
-    highest : int
-        The highest page number, -1 where there is none; of rows: the number that K must have.
     """
 
     wrapper: Any
-    owners: tuple[Any, ...]
-    pages: Pages | None
+    batch: Batch
     highest: int
+    page_size: int
+    owners: tuple[Any, ...]
 
 
 _plans: OrderedDict[Hashable, Planned] = OrderedDict()
@@ -129,7 +169,7 @@ def planned(
     call: Call,
     place: tuple[int | None, int],
     key: Hashable,
-    describe: Callable[[], tuple[Band, Rows | Pages]],
+    describe: Callable[[], Batch],
     owners: tuple[Any, ...] = (),
 ) -> Planned:
     """The plan of a call, kept or made.
@@ -142,7 +182,6 @@ def planned(
     key : Hashable
         Stands for all that `describe()` depends on.
     describe : callable
-        What each row sees, and where the keys are.
     owners : tuple
         What has to be kept for `key` to stay right.
 
@@ -173,14 +212,12 @@ def planned(
     return made
 
 
-def _plan(
-    call: Call, device: int | None, batch: tuple[Band, Rows | Pages], owners: tuple[Any, ...]
-) -> Planned:
-    band, keys = batch
-    view = bands.view(band)
+def _plan(call: Call, device: int | None, batch: Batch, owners: tuple[Any, ...]) -> Planned:
+    keys = batch.keys
+    view = bands.view(batch.band)
     backend = "reference" if device is None else "cuda"
-    qo_indptr = _starts(band.qo_len)
-    options = {
+    qo_indptr = starts(batch.band.qo_len)
+    options: dict[str, Any] = {
         "causal": view.causal,
         "window_left": view.window_left,
         "packed_custom_mask": view.packed_mask,
@@ -197,45 +234,57 @@ def _plan(
         ragged._plan_rows(
             *(qo_indptr, keys.begin, view.kv_len, *heads), head_dim_vo=call.head_dim_vo, **options
         )
-        ends = (keys.begin + view.kv_len)[view.kv_len > 0]
-        return Planned(ragged, owners, None, int(ends.max(initial=0)))
-    counts = -(-view.kv_len // keys.page_size)
-    indices = _chosen(keys, counts)
-    last_page_len = view.kv_len - np.maximum(counts - 1, 0) * keys.page_size
+        return Planned(ragged, batch, -1, 0, owners)
+    inside = np.where(view.kv_len > 0, keys.begin, 0) % keys.page_size
+    page_size = math.gcd(keys.page_size, *inside.tolist())
+    counts, last_page_len = page_counts(view.kv_len, page_size)
+    indices = page_numbers(keys, page_size, counts)
     paged = BatchPrefillWithPagedKVCacheWrapper(backend=backend)
     paged.plan(
-        *(qo_indptr, _starts(counts), indices, last_page_len),
-        *(*heads, keys.page_size),
+        *(qo_indptr, starts(counts), indices, last_page_len, *heads, page_size),
         head_dim_vo=call.head_dim_vo,
         **options,
     )
-    return Planned(paged, owners, keys, int(indices.max(initial=-1)))
+    highest = int(indices.max(initial=-1)) // (keys.page_size // page_size)
+    return Planned(paged, batch, highest, page_size, owners)
 
 
-def _starts(counts: IntArray) -> IntArray:
+def starts(counts: IntArray) -> IntArray:
     """0, and where each request ends."""
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)))
 
 
-def _chosen(keys: Pages, counts: IntArray) -> npt.NDArray[Any]:
-    """The page numbers of so many pages of each request."""
-    batch, width = keys.table.shape
-    short = keys.first + counts > width
+def page_counts(kv_len: IntArray, page_size: int) -> tuple[IntArray, IntArray]:
+    """Pages of each request, and tokens in its last one."""
+    counts = -(-kv_len // page_size)
+    return counts, kv_len - np.maximum(counts - 1, 0) * page_size
+
+
+def page_numbers(keys: Pages, page_size: int, counts: IntArray) -> IntArray:
+    """The numbers of so many pages of each request, of `page_size` tokens each.
+
+    A page of the caller's is a multiple of those, which are counted through.
+    """
+    parts = keys.page_size // page_size
+    width = keys.table.shape[1] * parts
+    first = keys.begin // page_size
+    short = (counts > 0) & (first + counts > width)
     if short.any():
         r = int(short.argmax())
+        needed = -(-(first[r] + counts[r]) // parts)
         raise ValueError(
-            f"{keys.name} has {width} pages a request, expected at least "
-            f"{keys.first[r] + counts[r]}: request {r} has as many of {keys.page_size} tokens"
+            f"{keys.name} has {keys.table.shape[1]} pages a request, expected at least {needed}: "
+            f"request {r} has as many of {keys.page_size} tokens"
         )
-    request = np.arange(batch).repeat(counts)
-    place = np.arange(len(request)) + (keys.first - _starts(counts)[:-1]).repeat(counts)
-    chosen = keys.table[request, place]
+    request = np.arange(len(counts)).repeat(counts)
+    place = np.arange(len(request)) + (first - starts(counts)[:-1]).repeat(counts)
+    page, part = np.divmod(place, parts)
+    chosen = keys.table[request, page]
     if len(chosen) and chosen.min() < 0:
         i = int(chosen.argmin())
-        raise ValueError(
-            f"{keys.name}[{request[i]}, {place[i]}] = {chosen[i]}, expected at least 0"
-        )
-    return chosen
+        raise ValueError(f"{keys.name}[{request[i]}, {page[i]}] = {chosen[i]}, expected at least 0")
+    numbers: IntArray = chosen.astype(np.int64) * parts + part
+    return numbers
 
 
 def check_pages(plan: Planned, num_pages: int) -> None:
@@ -246,9 +295,9 @@ def check_pages(plan: Planned, num_pages: int) -> None:
     ValueError
         It has a page that the cache has not.
     """
-    if plan.pages is not None and plan.highest >= num_pages:
+    if isinstance(plan.batch.keys, Pages) and plan.highest >= num_pages:
         raise ValueError(
-            f"{plan.pages.name} has page {plan.highest}, expected 0..{num_pages - 1}: "
+            f"{plan.batch.keys.name} has page {plan.highest}, expected 0..{num_pages - 1}: "
             f"the cache holds {num_pages} pages"
         )
 
@@ -273,7 +322,7 @@ def attend(
     home : array
         The caller's q, on whose stream the work goes, which is the current one.
     q, k, v : numpy.ndarray or cupy.ndarray
-        [rows, num_qo_heads, head_dim]; as the plan's wrapper takes them.
+        [rows, num_qo_heads, head_dim]; K and V as rows, or in the caller's pages.
     shape : tuple of int
         Of the output.
     want_lse : bool
@@ -292,10 +341,11 @@ def attend(
         rows_lse = lse_array.T
     rows_out = array.reshape((q.shape[0], q.shape[1], shape[-1]))
     options = {"out": rows_out, "lse": rows_lse, "lse_base": "ln"}
-    if plan.pages is None:
-        plan.wrapper.run(q, k, v, **options)
-    else:
+    if plan.page_size:
+        k, v = (reshaped(x, (-1, plan.page_size, *x.shape[2:])) for x in (k, v))
         plan.wrapper.run(q, (k, v), **options)
+    else:
+        plan.wrapper.run(q, k, v, **options)
     if out is None:
         out = arrays.export(array, home)
     if lse is None and want_lse:

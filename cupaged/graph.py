@@ -155,11 +155,11 @@ class Graph:
                 "a custom mask with use_cuda_graph=True: expected custom_mask_buf and "
                 "mask_indptr_buf, which the constructor takes"
             )
-        have = len(self.buffers.custom_mask)
-        if len(mask.bits) > have:
+        have, needed = len(self.buffers.custom_mask), -(-len(mask.bits) // 4) * 4
+        if needed > have:
             raise ValueError(
-                f"the custom mask takes {len(mask.bits)} bytes, packed, expected at most {have}: "
-                "custom_mask_buf has so many"
+                f"the custom mask takes {needed} bytes, packed into words of 4, expected at most "
+                f"{have}: custom_mask_buf has so many"
             )
 
     def _check_recorded(
@@ -177,9 +177,8 @@ class Graph:
         changes = [("q_len_per_req", rows_before, equal_rows)]  # on which `causal` depends
         arguments = _ARGUMENTS | {"head_dim_qk": names.head_dim}
         changes += [
-            (arguments.get(field.name, field.name), *(getattr(x, field.name) for x in (before, spec)))
-            for field in fields(AttentionSpec)
-            if field.compare
+            (arguments.get(name, name), getattr(before, name), getattr(spec, name))
+            for name in (field.name for field in fields(AttentionSpec) if field.compare)
         ]
         changes += [
             ("fixed_split_size", splits_before[0], splits[0]),

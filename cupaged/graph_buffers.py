@@ -114,9 +114,7 @@ def ragged_graph_buffers(
         batch = validate.positive_int(max_batch_size, "max_batch_size")
         return _with_mask(GraphBuffers(batch, batch + 1), of_mask, f"max_batch_size = {batch}")
     _check_given(buffers, sizes)
-    (qo_name, qo), (kv_name, kv) = (
-        (name, _buffer(value, name)) for name, value in buffers.items()
-    )
+    (qo_name, qo), (kv_name, kv) = ((name, _buffer(value, name)) for name, value in buffers.items())
     if len(qo) != len(kv) or not len(kv):
         raise ValueError(
             f"{qo_name} has {len(qo)} entries and {kv_name} {len(kv)}, expected the same: "

@@ -277,7 +277,8 @@ PARAMS_DTYPE = np.dtype(
     + [("cap_scale", np.float32)]
     + [("sinks", np.uint64)]
     + [("negate_logits", np.int32)]
-    + [(factor, np.float32) for factor in ("logit_scale", "inner_scale", "v_scale", "lse_scale")],
+    + [("logit_scale", np.float32), ("inner_scale", np.float32), ("cap_square", np.float32)]
+    + [("cap_ratio", np.float32, 3), ("v_scale", np.float32), ("lse_scale", np.float32)],
     align=True,
 )
 

@@ -320,15 +320,13 @@ class PagedAttention:
         else:
             self._recorded.add(plan)
 
-    def run_return_lse(self, q: Any, paged_kv_cache: Any, **options: Any) -> Any:
+    def run_return_lse(self, *args: Any, **options: Any) -> Any:
         """`run()` with `return_lse=True`.
 
         Parameters
         ----------
-        q, paged_kv_cache
-            As `run()` takes them.
-        **options
-            Its other arguments, by name, but for `return_lse`.
+        *args, **options
+            As `run()` takes them, but for `return_lse`.
 
         Returns
         -------
@@ -340,7 +338,7 @@ class PagedAttention:
         TypeError, ValueError, RuntimeError, NotImplementedError, BackendUnavailableError
             As `run()` does.
         """
-        return self.run(q, paged_kv_cache, return_lse=True, **options)
+        return self.run(*args, return_lse=True, **options)
 
     def _plan_features(self, causal: Any, mode: Any, features: dict[str, Any]) -> None:
         """Plan the same batch with the features that `forward()` names, as `replan` takes them."""

@@ -352,6 +352,7 @@ use_fp16_softmax, uses_spcompress
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
+        *,
         return_lse: bool = False,
     ) -> Any:
         """`run()` as FlashInfer once had it, with arguments of `plan()`.
@@ -367,10 +368,8 @@ use_fp16_softmax, uses_spcompress
             "rope_theta": rope_theta,
         }
         self._plan_features(causal, pos_encoding_mode, features)
-        return self.run(
-            q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse
-        )
+        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
     def forward_return_lse(self, *args: Any, **options: Any) -> Any:
         """`forward()` with `return_lse=True`."""
-        return self.forward(*args, return_lse=True, **options)
+        return self.forward(*args, **options | {"return_lse": True})

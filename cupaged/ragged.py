@@ -13,6 +13,9 @@ from cupaged.schedule import IntArray, Lengths
 from cupaged.spec import RAGGED, AttentionSpec
 from cupaged.validate_lengths import RAGGED_NAMES, Names, count_entries
 
+#: Frames from a warning to who called `plan()`, and `_plan_rows()`.
+_PLANS_CALLER, _ROWS_CALLER = 4, 3
+
 
 class BatchPrefillWithRaggedKVCacheWrapper(PagedAttention):
     """Attention of a ragged batch of requests over keys and values without pages.
@@ -225,7 +228,7 @@ o_indptr, uniform_q_len
         given: tuple[Any, ...] = (),
         kv_indptr: IntArray | None = None,
         names: Names = RAGGED_NAMES,
-        stacklevel: int = 3,
+        stacklevel: int = _ROWS_CALLER,
     ) -> None:
         """`plan()` of requests whose keys begin at any row of k and v, and which leave rows out.
 
@@ -325,10 +328,6 @@ o_indptr, uniform_q_len
             q, (k, v), q_scale, k_scale, v_scale, out, lse, return_lse, lse_base, sinks
         )
 
-    def run_return_lse(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
-        """`run()` with `return_lse=True`."""
-        return self.run(q, k, v, return_lse=True, **options)
-
     def forward(
         self,
         q: Any,
@@ -342,6 +341,7 @@ o_indptr, uniform_q_len
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
+        *,
         return_lse: bool = False,
     ) -> Any:
         """`run()` as FlashInfer once had it, with arguments of `plan()`.
@@ -361,7 +361,7 @@ o_indptr, uniform_q_len
 
     def forward_return_lse(self, *args: Any, **options: Any) -> Any:
         """`forward()` with `return_lse=True`."""
-        return self.forward(*args, return_lse=True, **options)
+        return self.forward(*args, **options | {"return_lse": True})
 
     def _keys_and_values(self, cache: Any, q: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
         k, v = (
@@ -381,7 +381,3 @@ o_indptr, uniform_q_len
                 f"kv_indptr[-1] = {highest}, expected at most {num_pages}: run() was recorded in a "
                 "CUDA graph with so many rows of k"
             )
-
-
-#: Frames from the warning to who called `plan()`.
-_PLANS_CALLER = 4

@@ -50,8 +50,11 @@ def replan(
     values = {name: getattr(old, name) for name in kept} | given
     spec = validate.attention_spec(
         *(old.num_qo_heads, old.num_kv_heads, old.head_dim_qk, old.head_dim_vo, old.page_size),
-        *(old.causal if causal is None else causal, values.pop("sm_scale")),
-        *((old.dtype, old.kv_dtype, old.dtype), old.kv_layout, head_dim_name),
+        old.causal if causal is None else causal,
+        values.pop("sm_scale"),
+        (old.dtype, old.kv_dtype, old.dtype),
+        old.kv_layout,
+        head_dim_name,
         validate.Features(**values, pos_encoding_mode=mode, custom_mask=old.custom_mask),
     )
     if spec == old:

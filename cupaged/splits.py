@@ -72,7 +72,8 @@ def cut_runs(runs: IntArray, split_size: int | None, first: int, from_zero: bool
     Parameters
     ----------
     runs : int32 [runs, fields of ITEM_DTYPE]
-        Each as one unsplit item, with the number of its query tile for MERGE.
+        Each as one unsplit item, with the number of its query tile for MERGE; may be written into,
+        and kept.
     split_size : int, optional
         Keys of a split; None where no run is cut.
     first : int
@@ -80,6 +81,9 @@ def cut_runs(runs: IntArray, split_size: int | None, first: int, from_zero: bool
     from_zero : bool
         Splits begin at multiples of their size; else the first one where the run does.
     """
+    if split_size is None and runs[:, MERGE].max() + 1 == len(runs):  # whole query tiles
+        runs[:, MERGE] = 0
+        return Cut(runs, 0, 0)
     sizes = np.full(len(runs), MAX_SPLIT if split_size is None else split_size, np.int32)
     sizes[:first] = MAX_SPLIT
     kv_begin = runs[:, KV_BEGIN]

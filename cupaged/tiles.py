@@ -82,6 +82,10 @@ _TILES: dict[tuple[str, tuple[int, int], Shape], _Tile] = {
     ("small", _D256, "short"): _Tile(16, 32, 1, 2, 2, 1),
 }
 
+#: In the place of others where logits are capped: the cap's numbers don't fit three warpgroups'
+#: registers.
+_CAPPED = {("sm90", _D64, "long"): _Tile(128, 128, 8, 1, 8, 1, "prefill_sm90", 2)}
+
 #: Page sizes that between them ask for every configuration there is.
 TYPICAL_PAGE_SIZES = (16, 8, 1)
 
@@ -112,6 +116,8 @@ def _tile(arch: int, needs: Needs, shape: Shape) -> _Tile:
     for candidate in shapes:
         for name in classes:
             tile = _TILES.get((name, head_dims, candidate))
+            if needs.variant.soft_cap:
+                tile = _CAPPED.get((name, head_dims, candidate), tile)
             if tile is not None:
                 # Half the bytes: twice the stages are under way, which hides as much latency.
                 deeper = shape == "short" and needs.kv_dtype in FLOAT8_DTYPES

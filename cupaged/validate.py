@@ -235,7 +235,9 @@ def plan_choices(
 def _refuse_head_dims(head_dim: int, head_dim_out: int, head_dim_name: str) -> None:
     served = [dim for dim, out in SERVED_HEAD_DIMS if dim == out]
     if head_dim_out == head_dim:
-        raise NotImplementedError(f"{head_dim_name} = {head_dim}, served are {_listed(tuple(served))}")
+        raise NotImplementedError(
+            f"{head_dim_name} = {head_dim}, served are {_listed(tuple(served))}"
+        )
     others = ", ".join(f"{dim}/{out}" for dim, out in SERVED_HEAD_DIMS if dim != out)
     raise NotImplementedError(
         f"{head_dim_name} = {head_dim} with head_dim_vo = {head_dim_out}, served are equal ones of "

@@ -85,6 +85,34 @@ def level(index_arrays: Sequence[Any], spec: AttentionSpec) -> Level:
     return Level(lengths, pages, highest, last_page_len)
 
 
+def features(spec: AttentionSpec, num_levels: int) -> None:
+    """Refuse features that need a row's place among the keys, which over several levels is none."""
+    if num_levels == 1:
+        return
+    for name, off in (("window_left", -1), ("pos_encoding_mode", "NONE")):
+        value = getattr(spec, name)
+        if value != off:
+            raise NotImplementedError(
+                f"{name} = {value!r} with num_levels = {num_levels}: a row has no place among the "
+                "keys of a level"
+            )
+
+
+def plan_options(spec: AttentionSpec) -> dict[str, Any]:
+    """Arguments of `plan()` of each level's wrapper, but for `causal`."""
+    options = {
+        "sm_scale": spec.sm_scale,
+        "window_left": spec.window_left,
+        "logits_soft_cap": spec.logits_soft_cap,
+        "pos_encoding_mode": spec.pos_encoding_mode,
+        "q_data_type": spec.dtype,
+        "kv_data_type": spec.kv_dtype,
+    }
+    if spec.pos_encoding_mode == "ROPE_LLAMA":
+        options |= {"rope_scale": spec.rope_scale, "rope_theta": spec.rope_theta}
+    return options
+
+
 def nested(levels: Sequence[Level]) -> None:
     """Check that the levels share their rows, and that every group is whole ones of the next level.
 

@@ -56,6 +56,9 @@ struct Params {
     // log2(e); where they are transformed before, see policy.cuh, what is left to multiply with.
     float logit_scale;
     float inner_scale;  // what the transformation multiplies products with
+    // With a soft cap: products x whose square is less than `cap_square` become x * p(x^2 -
+    // cap_square) times log2(e), p with these coefficients.
+    float cap_square, cap_ratio[3];
     float v_scale;
     float lse_scale;  // 1 for base 2, ln(2) for base e
 };

@@ -165,12 +165,13 @@ __device__ __forceinline__ void add_bias(float (&s)[MMA_Q][N][4], float scale,
             const int row = first_row + i * 16 + h * 8 + lane / 4;
             const float slope = rows.valid(row) ? rows.p.alibi_slopes[rows.head(row)] : 0.0f;
             const int distance = first_key + lane % 4 * 2 - visible.position(rows.query(row));
+            const float nearest = slope * static_cast<float>(distance);
 #pragma unroll
             for (int n = 0; n < N; ++n)
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     float& x = s[i][n][2 * h + c];
-                    x = x * scale + slope * static_cast<float>(distance + n * 8 + c);
+                    x = x * scale + (slope * (n * 8 + c) + nearest);
                 }
         }
 }

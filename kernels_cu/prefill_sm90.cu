@@ -60,12 +60,27 @@ __device__ __forceinline__ void pack(Weights& weights, const Logits& s) {
 // tiles' have not: weights relative to the maxima so far need no maximum of the tile. A lane's sum
 // of weights shows where the hope was in vain, or where a row has seen no key before and has no
 // maximum: either makes it large or NaN. The logits are still there then.
+//
+// With a soft cap, in the hope too that no product is large: then the cap is a polynomial, whose
+// last multiplication is the one that the weights need anyway.
 struct Speculation {
-    float scale, shift[2];
+    const Params& p;
+    float shift[2];
     float sum[2] = {};
+    int small = -1;  // negative as long as all products are
 
-    __device__ __forceinline__ Speculation(const SoftmaxState& state, float scale)
-        : scale(scale), shift{state.max[0][0] * scale, state.max[0][1] * scale} {}
+    __device__ __forceinline__ Speculation(const SoftmaxState& state, const Params& p)
+        : p(p), shift{state.max[0][0] * p.logit_scale, state.max[0][1] * p.logit_scale} {}
+
+    // The logarithm of a product's weight in a lane's first or second row.
+    __device__ __forceinline__ float logarithm(float x, int row) {
+        if (!CUPAGED_SOFT_CAP) return x * p.logit_scale - shift[row];
+        const float beyond = x * x - p.cap_square;
+        small &= __float_as_int(beyond);
+        const float ratio =
+            (p.cap_ratio[2] * beyond + p.cap_ratio[1]) * beyond + p.cap_ratio[0];
+        return x * ratio - shift[row];
+    }
 
     // The weights of 16 keys, in pairs: [rows lane / 4 and lane / 4 + 8, twice][two neighbours].
     __device__ __forceinline__ void weigh(const Logits& s, int n, float (&pairs)[4][2]) {
@@ -74,7 +89,7 @@ struct Speculation {
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 pairs[c][i] =
-                    exp2_approx(s[0][2 * n + c / 2][c % 2 * 2 + i] * scale - shift[c % 2]);
+                    exp2_approx(logarithm(s[0][2 * n + c / 2][c % 2 * 2 + i], c % 2));
             sum[c % 2] += pairs[c][0] + pairs[c][1];
         }
     }
@@ -82,7 +97,8 @@ struct Speculation {
     // Whether it was right for all of the warp's rows; then the sums are added to the state's.
     __device__ __forceinline__ bool holds(SoftmaxState& state) const {
         constexpr float LARGE = 1 << static_cast<int>(RESCALE_THRESHOLD);
-        if (__any_sync(~0u, !(sum[0] <= LARGE) || !(sum[1] <= LARGE))) return false;
+        const bool large = !(sum[0] <= LARGE) || !(sum[1] <= LARGE);
+        if (__any_sync(~0u, large || (CUPAGED_SOFT_CAP && small >= 0))) return false;
         state.sum[0][0] += sum[0];
         state.sum[0][1] += sum[1];
         return true;
@@ -93,6 +109,14 @@ __device__ __forceinline__ void pack(Pair (&weights)[4], const float (&pairs)[4]
 #pragma unroll
     for (int c = 0; c < 4; ++c) weights[c] = pack_pair(pairs[c][0], pairs[c][1]);
 }
+
+// What a piece of work is to a consumer: none, rows of its own and keys that they see, rows that see
+// no key, or rows of other consumers alone.
+enum class Piece { NONE, OWN, EMPTY, OF_OTHERS };
+
+// Whether a piece of work begins before the results of the one before are written: its Q needs a
+// stage of its own, and its products registers.
+constexpr bool OVERLAPPED = NUM_Q_STAGES > 1 && HEAD_DIM == 128 && !CUPAGED_SOFT_CAP;
 
 // A consumer's places in the rings, which outlast a piece of work.
 struct Consumer {
@@ -114,8 +138,11 @@ struct Consumer {
         if (!CUPAGED_PAGE_ALIGNED) fence_async_proxy();  // cp.async wrote as ordinary stores do
         return tile_descriptor(kv_tiles + place.stage * TILE_KV_BYTES);
     }
+    __device__ __forceinline__ void release(PlaceKv place) const {
+        arrive_warp(&barriers.kv_empty[place.stage], lane());
+    }
     __device__ __forceinline__ void release() {
-        arrive_warp(&barriers.kv_empty[at.stage], lane());
+        release(at);
         at.advance();
     }
 
@@ -133,8 +160,40 @@ struct Consumer {
         }
     }
 
-    // The loop over the keys, for one KV head: what the warp has of the output and softmax.
-    __device__ __forceinline__ void attend(const Work& work, int q_stage, Output& o,
+    // Waits for a piece of work and its Q; where pieces overlap, s is its first product.
+    __device__ __forceinline__ Piece begin(Logits& s, const Control& control, PlaceWork work_at,
+                                           PlaceQ q_at) {
+        wait_full(barriers.work_full, work_at.stage, work_at.round);
+        const Work& work = control.work[work_at.stage];
+        if (work.kv_head < 0) return Piece::NONE;
+        wait_full(barriers.q_full, q_at.stage, q_at.round);
+        fence_async_proxy();  // cp.async wrote Q as ordinary stores do
+        if (!RowMap(p, work).valid(turn.consumer * 64)) return Piece::OF_OTHERS;
+        if (num_kv_tiles(work.item) == 0) return Piece::EMPTY;
+        if (OVERLAPPED) first_product(s, q_at.stage);
+        return Piece::OWN;
+    }
+
+    // s = Q . K^T of a piece's first tile.
+    __device__ __forceinline__ void first_product(Logits& s, int q_stage) {
+        const u64 k = wait_tile(at);
+        turn.take();
+        wgmma_fence();
+        start_qk(s, q_descriptor(q_stage), k);
+        wgmma_commit();
+        turn.pass();
+        wgmma_wait<0>();
+        pin(s[0]);
+        release();
+    }
+
+    __device__ __forceinline__ u64 q_descriptor(int q_stage) const {
+        return tile_descriptor(q_tiles + q_stage * TILE_Q_BYTES + turn.consumer * 64 * ROW_BYTES);
+    }
+
+    // The loop over the keys, for one KV head, after begin(): what the warp has of the output and
+    // softmax, but for the last tile's part of the output, which is under way.
+    __device__ __forceinline__ void attend(const Work& work, int q_stage, Logits& s, Output& o,
                                            SoftmaxState& state) {
         const RowMap rows(p, work);
         const Visibility visible(p, work);
@@ -142,9 +201,8 @@ struct Consumer {
         int tiles = num_kv_tiles(work.item);
         int begin = work.item.kv_begin + (tiles - 1) * CTA_TILE_KV;  // of the tile at hand
         const Span seen = visible.seen_by_all(rows.query(first_row()), rows.query(first_row() + 15));
-        u64 q = tile_descriptor(q_tiles + q_stage * TILE_Q_BYTES + turn.consumer * 64 * ROW_BYTES);
+        u64 q = q_descriptor(q_stage);
 
-        Logits s;
         Weights weights;
         float factor[1][2];
         // What becomes of a tile's products before they are weights.
@@ -154,15 +212,7 @@ struct Consumer {
                 visible.mask(s, rows, first_row(), begin, lane());
         };
 
-        const u64 first_k = wait_tile(at);
-        turn.take();
-        wgmma_fence();
-        start_qk(s, q, first_k);
-        wgmma_commit();
-        turn.pass();
-        wgmma_wait<0>();
-        pin(s[0]);
-        release();
+        if (!OVERLAPPED) first_product(s, q_stage);
         prepare();
         state.raise(s, scale, factor);
         state.weigh(s, scale);
@@ -189,23 +239,30 @@ struct Consumer {
             wgmma_wait<1>();
             pin(s[0]);
             release();
-            prepare();
-            Speculation speculation(state, scale);
+            // Masks are for capped logits, of which there are none yet.
+            const bool hope = !CUPAGED_SOFT_CAP || seen.has(begin, begin + CTA_TILE_KV);
+            if (!CUPAGED_SOFT_CAP) prepare();
+            Speculation speculation(state, p);
             float early[EARLY_BLOCKS + 1][4][2];  // C++ has no array of none
+            if (hope) {
 #pragma unroll
-            for (int n = 0; n < EARLY_BLOCKS; ++n) speculation.weigh(s, n, early[n]);
+                for (int n = 0; n < EARLY_BLOCKS; ++n) speculation.weigh(s, n, early[n]);
+            }
             wgmma_wait<0>();
             pin(o[0]);
             release();
+            if (hope) {
 #pragma unroll
-            for (int n = 0; n < EARLY_BLOCKS; ++n) pack(weights[n], early[n]);
+                for (int n = 0; n < EARLY_BLOCKS; ++n) pack(weights[n], early[n]);
 #pragma unroll
-            for (int n = EARLY_BLOCKS; n < CTA_TILE_KV / 16; ++n) {
-                float late[4][2];
-                speculation.weigh(s, n, late);
-                pack(weights[n], late);
+                for (int n = EARLY_BLOCKS; n < CTA_TILE_KV / 16; ++n) {
+                    float late[4][2];
+                    speculation.weigh(s, n, late);
+                    pack(weights[n], late);
+                }
             }
-            if (!speculation.holds(state)) {
+            if (!hope || !speculation.holds(state)) {
+                if (CUPAGED_SOFT_CAP) prepare();
                 if (state.raise(s, scale, factor)) rescale(o, factor);
                 state.weigh(s, scale);
                 pack(weights, s);
@@ -215,10 +272,6 @@ struct Consumer {
         wgmma_fence();
         start_pv(o, weights, last_v, accumulate);
         wgmma_commit();
-        wgmma_wait<0>();
-        pin(o[0]);
-        release();
-        state.finish(o, scale, work.item.num_splits == 1 ? p.v_scale : 1.0f);
     }
 
     // Writes what attend() found: the result, or the split's partial state, and merges the splits
@@ -288,27 +341,54 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
         const int consumer = warp / 4 - 1;
         Consumer me{p, control.barriers, q_tiles, kv_tiles, Turn{consumer}};
         if (consumer == NUM_CONSUMERS - 1) me.turn.pass();  // the first one's first turn
+        PlaceWork at;
         PlaceQ q_at;
-        for (PlaceWork at;; at.advance(), q_at.advance()) {
-            wait_full(control.barriers.work_full, at.stage, at.round);
+        Logits s;
+        Piece piece = me.begin(s, control, at, q_at);
+        while (piece != Piece::NONE) {
             const Work& work = control.work[at.stage];
-            if (work.kv_head < 0) break;
-            wait_full(control.barriers.q_full, q_at.stage, q_at.round);
-            fence_async_proxy();  // cp.async wrote Q as ordinary stores do
-            if (!RowMap(p, work).valid(consumer * 64)) {
-                me.skip(work.item);
-            } else if (num_kv_tiles(work.item) == 0) {
-                write_empty(RowMap(p, work), me.first_row(), me.lane());
-            } else {
+            Piece next = Piece::NONE;
+            const auto begin_next = [&] {
+                PlaceWork next_at = at;
+                PlaceQ next_q_at = q_at;
+                next_at.advance();
+                next_q_at.advance();
+                next = me.begin(s, control, next_at, next_q_at);
+            };
+            if (piece == Piece::OWN) {
                 Output o;
                 SoftmaxState state;
-                me.attend(work, q_at.stage, o, state);
+                me.attend(work, q_at.stage, s, o, state);
+                if (OVERLAPPED) {
+                    const PlaceKv last_v = me.at;
+                    me.at.advance();
+                    begin_next();
+                    wgmma_wait<0>();
+                    pin(o[0]);
+                    me.release(last_v);
+                } else {
+                    wgmma_wait<0>();
+                    pin(o[0]);
+                    me.release(me.at);
+                    me.at.advance();
+                }
+                state.finish(o, p.logit_scale, work.item.num_splits == 1 ? p.v_scale : 1.0f);
                 me.store(work, shared + q_at.stage * TILE_Q_BYTES, o, state,
                          &control.is_last_split[consumer]);
+            } else {
+                if (piece == Piece::EMPTY)
+                    write_empty(RowMap(p, work), me.first_row(), me.lane());
+                else
+                    me.skip(work.item);
+                if (OVERLAPPED) begin_next();
             }
             // Every thread for itself: it is its own reading that is over.
             mbarrier_arrive(shared_address(&control.barriers.q_empty[q_at.stage]));
             mbarrier_arrive(shared_address(&control.barriers.work_empty[at.stage]));
+            if (!OVERLAPPED) begin_next();
+            at.advance();
+            q_at.advance();
+            piece = next;
         }
     }
 }

@@ -56,7 +56,8 @@ def _weighted_sum(weights: Array, values: Array) -> Array:
     """
     finite = np.isfinite(values)
     total = weights @ np.where(finite, values, 0)[:, None]
-    for head, key, d in np.argwhere(~finite):
+    used = (weights != 0).any(axis=(1, 2))[..., None]
+    for head, key, d in np.argwhere(~finite & used):
         weight = weights[head, :, :, key]
         with np.errstate(invalid="ignore"):
             total[head, :, :, d] += np.where(weight == 0, 0, weight * values[head, key, d])

@@ -32,9 +32,17 @@ class HostDevicePlan:
 
 
 def run_on_host(
-    plan: HostDevicePlan, stream: int, q: Any, k: Any, v: Any, out: Any, lse: Any, factors: Any
+    plan: HostDevicePlan,
+    stream: int,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    factors: Any,
+    sinks: Any,
 ) -> None:
-    reference.run(plan.schedule, plan.page_indices, q, k, v, out, lse, *factors)
+    reference.run(plan.schedule, plan.page_indices, q, k, v, out, lse, *factors, sinks)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ CONSTRUCTOR_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"backend": "trtllm-gen"},
         ValueError,
-        "backend = 'trtllm-gen', expected one of 'auto', 'reference', 'cuda'",
+        "backend = 'trtllm-gen', expected one of 'auto', 'reference', 'cuda', 'fa2', 'fa3'",
     ),
     ({"use_tensor_cores": 1}, TypeError, "use_tensor_cores is an int, expected a bool"),
     ({"use_tensor_cores": None}, TypeError, "use_tensor_cores is a NoneType, expected a bool"),
@@ -55,7 +55,7 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"head_dim": "64"}, TypeError, "head_dim is a str, expected an int"),
     ({"head_dim": -1}, ValueError, "head_dim = -1, expected at least 1"),
-    ({"head_dim": 96}, NotImplementedError, "head_dim = 96, served are 64, 128, 256"),
+    ({"head_dim": 80}, NotImplementedError, "head_dim = 80, served are 64, 96, 128, 256"),
     ({"page_size": 0}, ValueError, "page_size = 0, expected at least 1"),
     ({"page_size": 2**31}, ValueError, "page_size = 2147483648, expected at most 1073741824"),
     ({"q_len_per_req": None}, TypeError, "q_len_per_req is a NoneType, expected an int"),
@@ -96,9 +96,9 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "q_data_type = float32, served are float16, bfloat16",
     ),
     (
-        {"kv_data_type": "float8_e4m3fn"},
+        {"kv_data_type": "float32"},
         NotImplementedError,
-        "kv_data_type = float8_e4m3fn differs from q_data_type = float16, which no backend serves",
+        "kv_data_type = float32, served are q_data_type = float16 and float8_e4m3fn, float8_e5m2",
     ),
     (
         {"o_data_type": "bfloat16"},

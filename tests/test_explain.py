@@ -17,6 +17,7 @@ import cupaged
 from cupaged import examples, heuristics, schedule
 from cupaged import explain as explain_room
 from cupaged.explain import explain, finish_times, piece_costs
+from cupaged.extents import CustomMask
 from cupaged.spec import HOST_MODEL, AttentionSpec, DeviceModel
 
 
@@ -29,10 +30,13 @@ def build(
     causal: bool = True,
     device: DeviceModel = HOST_MODEL,
     head_dim: int = 128,
+    variant: dict[str, Any] | None = None,
     **options: Any,
 ) -> schedule.Schedule:
     qo, kv = np.array(qo_len, np.int32), np.array(kv_len, np.int32)
-    spec = AttentionSpec(*heads, head_dim, page_size, causal, 0.1, "float16", "NHD")
+    spec = AttentionSpec(
+        *heads, head_dim, page_size, causal, 0.1, "float16", "NHD", **(variant or {})
+    )
     lengths = schedule.Lengths(
         np.concatenate([[0], qo.cumsum()]).astype(np.int32),
         np.concatenate([[0], (-(-kv // page_size)).cumsum()]).astype(np.int32),
@@ -85,6 +89,11 @@ SCHEDULES = {
     "no splits": ([1, 40], [9000, 700], {"disable_split_kv": True}),
     "full": ([300], [20000], {"causal": False, "heads": (3, 1)}),
     "rows without keys": ([50, 40], [20, 0], {}),
+    "window": ([300, 1], [900, 5000], {"variant": {"window_left": 200}}),
+    "full window": (
+        *([700], [500]),
+        {"variant": {"window_left": 3}, "causal": False, "fixed_split_size": 5},
+    ),
 }
 
 
@@ -115,15 +124,22 @@ def numbers(text: str) -> list[float]:
     return [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
 
 
+def visible(plan: schedule.Schedule, r: int) -> np.ndarray:
+    """Bool [qo_len, kv_len], without a mask."""
+    qo_len, kv_len = int(plan.lengths.qo_len[r]), int(plan.lengths.kv_len[r])
+    seen = oracle.visible(qo_len, kv_len, plan.spec.causal)
+    if plan.spec.window_left >= 0:
+        row, key = np.arange(qo_len)[:, None], np.arange(kv_len)
+        seen = seen & (key >= kv_len - qo_len + row - plan.spec.window_left)
+    return seen
+
+
 def test_the_text_says_what_the_plan_is(planned: schedule.Schedule) -> None:
     text = explain(planned)
     assert max(map(len, text.splitlines())) <= 100
     assert text.isascii()
     assert f"workspace {planned.workspace_bytes:,} bytes" in text
-    seen = sum(
-        int(oracle.visible(qo, kv, planned.spec.causal).sum())
-        for qo, kv in zip(planned.lengths.qo_len, planned.lengths.kv_len, strict=True)
-    )
+    seen = sum(int(visible(planned, r).sum()) for r in range(len(planned.lengths.qo_len)))
     assert f"{seen:,} visible (query, key) pairs a head" in text
     found = list(sections(text))
     assert len(found) == len(planned.launches)
@@ -263,3 +279,93 @@ def test_wrapper_explains_its_plan() -> None:
     batch = examples.mixed()
     wrapper.plan(**batch.plan_arguments(np.arange(batch.pages.sum(), dtype=np.int32)))
     assert wrapper.explain().startswith("batch of 64 requests, causal attention, float16\n")
+
+
+# Variants
+
+
+def test_the_text_names_what_is_on() -> None:
+    variant = {
+        "window_left": 1023,
+        "logits_soft_cap": 30.5,
+        "pos_encoding_mode": "ROPE_LLAMA",
+        "rope_theta": 5e5,
+        "kv_dtype": "float8_e4m3fn",
+        "head_dim_vo": 128,
+    }
+    lines = explain(build([4], [900], variant=variant, head_dim=192)).splitlines()
+    begin = lines.index(
+        "  heads     8 query heads over 2 KV heads (groups of 4), head_dim 192 (values 128)"
+    )
+    assert lines[begin + 1 : begin + 5] == [
+        "  K and V   float8_e4m3fn",
+        "  window    a row sees no more than 1,023 keys before its own position",
+        "  soft cap  logits become 30.5 * tanh(logit / 30.5)",
+        "  positions ROPE_LLAMA: q and k are rotated; rope_scale 1, rope_theta 500000",
+    ]
+    alibi = explain(build([4], [900], variant={"pos_encoding_mode": "ALIBI", "window_left": 1}))
+    assert "  positions ALIBI: logits are biased by the distance to the key\n" in alibi
+    assert "  window    a row sees no more than 1 key before its own position\n" in alibi
+    plain = explain(build([4], [900]))
+    for word in ("K and V   ", "window", "soft cap", "positions", "mask", "dropped"):
+        assert word not in plain
+
+
+@pytest.mark.parametrize("options", [{}, {"fixed_split_size": 3}, {"disable_split_kv": True}])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window_left", [-1, 90])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_text_says_what_is_dropped(
+    rng: np.random.Generator,
+    options: dict[str, Any],
+    causal: bool,
+    window_left: int,
+    masked: bool,
+) -> None:
+    """KV tiles, those of a split from its begin on, that a query tile's rows see nothing of."""
+    qo_len, kv_len = [250, 1, 20], [700, 300, 11]
+    blocks = rng.random((3, 16, 32)) < 0.2
+    bits = [
+        block.repeat(16, axis=0).repeat(25, axis=1)[:qo, :kv]
+        for block, qo, kv in zip(blocks, qo_len, kv_len, strict=True)
+    ]
+    mask = None
+    if masked:
+        parts = [np.packbits(each, bitorder="little") for each in bits]
+        indptr = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+        mask = CustomMask(np.concatenate(parts), indptr)
+    variant = {"window_left": window_left, "custom_mask": masked}
+    plan = build(
+        *(qo_len, kv_len),
+        causal=causal,
+        variant=variant,
+        mask=mask,
+        device=DeviceModel(100, 80),
+        **options,
+    )
+    text = explain(plan)
+    assert max(map(len, text.splitlines())) <= 100
+    seen = [visible(plan, r) & (bits[r] if masked else True) for r in range(3)]
+    pairs = sum(int(each.sum()) for each in seen)
+    assert f"{pairs:,} visible (query, key) pairs a head" in text
+    assert (f"\n  mask      {sum(-(-each.size // 8) for each in bits):,} bytes" in text) == masked
+    dropped = 0
+    for section, launch in zip(sections(text), plan.launches, strict=True):
+        if window_left < 0 and not masked:
+            assert "dropped" not in section
+            continue
+        there = hidden = 0
+        for r, row_begin in {(int(i["request"]), int(i["row_begin"])) for i in launch.items}:
+            rows = slice(row_begin, row_begin + launch.config.cta_tile_q)
+            sees = seen[r].repeat(4, axis=0)[rows]
+            allowed = oracle.visible(qo_len[r], kv_len[r], causal).repeat(4, axis=0)[rows]
+            split = 16 * options.get("fixed_split_size", 1000)
+            for begin in range(0, kv_len[r], split):
+                end = min(begin + split, kv_len[r])
+                for first in range(begin, end, launch.config.cta_tile_kv):
+                    tile = slice(first, min(first + launch.config.cta_tile_kv, end))
+                    there += bool(allowed[:, tile].any())
+                    hidden += bool(allowed[:, tile].any() and not sees[:, tile].any())
+        assert numbers(section["dropped"])[:2] == [hidden, there]
+        dropped += hidden
+    assert (dropped > 0) == (masked or window_left >= 0)

@@ -20,7 +20,7 @@ from cupaged.kernel_spec import ITEM_DTYPE, PARAMS_DTYPE
 
 FIELDS = PARAMS_DTYPE.names
 #: What a plan decides of a launch's parameters.
-PLAN_FIELDS = FIELDS[FIELDS.index("items") : FIELDS.index("negate_logits")]
+PLAN_FIELDS = FIELDS[FIELDS.index("items") : FIELDS.index("sinks")]
 Lengths = list[tuple[int, int]]
 
 
@@ -70,7 +70,7 @@ def check_written(machine: Machine, wrapper: Any, buffers: dict[str, Any] | None
         np.testing.assert_array_equal(items, launch.items)
         rows = launch.num_partial_rows(spec)
         machine.read(params["partial_lse"], np.float32, rows)
-        assert params["partial_lse"] - params["partial_out"] >= rows * spec.head_dim_qk * 4
+        assert params["partial_lse"] - params["partial_out"] >= rows * spec.head_dim_vo * 4
         merges = launch.num_merges * spec.num_kv_heads * launch.config.splits_merged_by
         assert not machine.read(params["merge_counters"], np.int32, merges).any()
         taken.append((params["merge_counters"], merges * 4))

@@ -8,6 +8,7 @@ from typing import Any
 import decode_calls
 import numpy as np
 import pytest
+import test_ragged
 from decode_calls import Decode
 from small_call import (
     Wrapper,
@@ -19,20 +20,11 @@ from small_call import (
 )
 
 CONSTRUCTOR_UNSERVED: dict[str, tuple[Any, str]] = {
-    "custom_mask_buf": (ints(0), "a ndarray"),
-    "mask_indptr_buf": (ints(0), "a ndarray"),
     "jit_args": ([1], "a list"),
     "jit_kwargs": ({"a": 1}, "a dict"),
 }
 PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
-    "custom_mask": (np.ones(60, np.bool_), "a ndarray"),
-    "packed_custom_mask": (np.ones(8, np.uint8), "a ndarray"),
-    "pos_encoding_mode": ("ALIBI", "'ALIBI'"),
     "use_fp16_qk_reduction": (True, "True"),
-    "window_left": (0, "0"),
-    "logits_soft_cap": (30.0, "30.0"),
-    "rope_scale": (1.0, "1.0"),
-    "rope_theta": (1e4, "10000.0"),
     "prefix_len_ptr": (ints(0), "a ndarray"),
     "token_pos_in_items_ptr": (ints(0), "a ndarray"),
     "token_pos_in_items_len": (4, "4"),
@@ -47,8 +39,6 @@ PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
 RUN_UNSERVED: dict[str, tuple[Any, str]] = {
     "lse_layout": ("HN", "'HN'"),
     "enable_pdl": (True, "True"),
-    "window_left": (4, "4"),
-    "sinks": (np.zeros(4, np.float32), "a ndarray"),
     "kv_cache_sf": (np.zeros(4, np.uint8), "a ndarray"),
     "skip_softmax_threshold_scale_factor": (1.0, "1.0"),
     "use_fp16_softmax": (True, "True"),
@@ -57,23 +47,36 @@ RUN_UNSERVED: dict[str, tuple[Any, str]] = {
 
 DECODE_CONSTRUCTOR_UNSERVED: dict[str, tuple[Any, str]] = {"jit_args": ([1], "a list")}
 DECODE_PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
-    "pos_encoding_mode": ("ROPE_LLAMA", "'ROPE_LLAMA'"),
-    "window_left": (0, "0"),
-    "logits_soft_cap": (30.0, "30.0"),
-    "rope_scale": (1.0, "1.0"),
-    "rope_theta": (1e4, "10000.0"),
     "block_tables": (ints(0), "a ndarray"),
     "seq_lens": (ints(0), "a ndarray"),
 }
 DECODE_RUN_UNSERVED: dict[str, tuple[Any, str]] = {
     "enable_pdl": (True, "True"),
-    "window_left": (4, "4"),
-    "sinks": (np.zeros(4, np.float32), "a ndarray"),
     "skip_softmax_threshold_scale_factor": (1.0, "1.0"),
     "kv_cache_sf": (np.zeros(4, np.uint8), "a ndarray"),
 }
+RAGGED_CONSTRUCTOR_UNSERVED = CONSTRUCTOR_UNSERVED
+RAGGED_PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
+    **{name: row for name, row in PLAN_UNSERVED.items() if name != "block_tables"},
+    "v_indptr": (ints(0), "a ndarray"),
+    "o_indptr": (ints(0), "a ndarray"),
+}
+RAGGED_RUN_UNSERVED: dict[str, tuple[Any, str]] = {
+    "o_scale": (0.5, "0.5"),
+    "lse_layout": ("HN", "'HN'"),
+    "enable_pdl": (True, "True"),
+    "kv_cache_sf": (np.zeros(4, np.uint8), "a ndarray"),
+}
 #: Served by the constructors, and checked in test_graph_buffers.py.
+MASK_BUFFERS = {"custom_mask_buf", "mask_indptr_buf"}
 GRAPHS = {"use_cuda_graph", "max_batch_size", "max_num_pages"}
+#: Served by every `plan()`, and by all but decoding's.
+FEATURES = {"window_left", "logits_soft_cap", "pos_encoding_mode", "rope_scale", "rope_theta"}
+MASKS = {"custom_mask", "packed_custom_mask"}
+DTYPES = {"q_data_type", "kv_data_type", "o_data_type"}
+PLANNING = {"sm_scale", "non_blocking", "fixed_split_size", "disable_split_kv"} | DTYPES
+RUNNING = {"q", "q_scale", "k_scale", "v_scale", "out", "lse", "return_lse", "lse_base"}
+RUNNING |= {"window_left", "sinks"}
 PREFILL_NAMES = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
 DECODE_NAMES = ("indptr", "indices", "last_page_len")
 
@@ -119,6 +122,24 @@ def test_unserved_by_decodes_run(name: str, row: tuple[Any, str]) -> None:
     assert (out == 7).all()
 
 
+@pytest.mark.parametrize(("name", "row"), RAGGED_CONSTRUCTOR_UNSERVED.items())
+def test_unserved_by_the_ragged_constructor(name: str, row: tuple[Any, str]) -> None:
+    check_unserved(test_ragged.Wrapper.__name__, name, row, test_ragged.Wrapper)
+
+
+@pytest.mark.parametrize(("name", "row"), RAGGED_PLAN_UNSERVED.items())
+def test_unserved_by_the_ragged_plan(name: str, row: tuple[Any, str]) -> None:
+    check_unserved("plan()", name, row, test_ragged.planned)
+
+
+@pytest.mark.parametrize(("name", "row"), RAGGED_RUN_UNSERVED.items())
+def test_unserved_by_the_ragged_run(name: str, row: tuple[Any, str]) -> None:
+    out = np.full((9, 4, 64), 7, np.float16)
+    arguments = test_ragged.run_arguments(out=out)
+    check_unserved("run()", name, row, test_ragged.planned().run, **arguments)
+    assert (out == 7).all()
+
+
 def check_known(wrapper: type, served: dict[str, set[str]]) -> None:
     """The methods have exactly these arguments."""
     for method, names in served.items():
@@ -130,16 +151,13 @@ def test_no_argument_is_ignored() -> None:
     """Every argument is served, checked above, or one that these lists know."""
     served = {
         "__init__": {"float_workspace_buffer", "kv_layout", "backend"}
-        | GRAPHS
+        | (GRAPHS | MASK_BUFFERS)
         | {f"{name}_buf" for name in PREFILL_NAMES}
         | set(CONSTRUCTOR_UNSERVED),
         "plan": set(plan_arguments())
-        | {"head_dim_vo", "causal", "sm_scale", "q_data_type", "kv_data_type", "o_data_type"}
-        | {"non_blocking", "fixed_split_size", "disable_split_kv"}
+        | (PLANNING | FEATURES | MASKS | {"head_dim_vo", "causal"})
         | set(PLAN_UNSERVED),
-        "run": {"q", "paged_kv_cache", "q_scale", "k_scale", "v_scale", "out", "lse"}
-        | {"return_lse", "lse_base"}
-        | set(RUN_UNSERVED),
+        "run": RUNNING | {"paged_kv_cache"} | set(RUN_UNSERVED),
     }
     check_known(Wrapper, served)
 
@@ -151,14 +169,24 @@ def test_no_argument_of_decode_is_ignored() -> None:
         | {f"paged_kv_{name}_buffer" for name in DECODE_NAMES}
         | set(DECODE_CONSTRUCTOR_UNSERVED),
         "plan": set(decode_calls.plan_arguments())
-        | {"sm_scale", "q_data_type", "kv_data_type", "o_data_type", "data_type"}
-        | {"non_blocking", "fixed_split_size", "disable_split_kv", "q_len_per_req"}
+        | (PLANNING | FEATURES | {"data_type", "q_len_per_req"})
         | set(DECODE_PLAN_UNSERVED),
-        "run": {"q", "paged_kv_cache", "q_scale", "k_scale", "v_scale", "out", "lse"}
-        | {"return_lse", "lse_base", "q_len_per_req"}
-        | set(DECODE_RUN_UNSERVED),
+        "run": RUNNING | {"paged_kv_cache", "q_len_per_req"} | set(DECODE_RUN_UNSERVED),
     }
     check_known(Decode, served)
+
+
+def test_no_argument_of_the_ragged_wrapper_is_ignored() -> None:
+    served = {
+        "__init__": {"float_workspace_buffer", "kv_layout", "backend", "use_cuda_graph"}
+        | (MASK_BUFFERS | {"qo_indptr_buf", "kv_indptr_buf", "max_batch_size"})
+        | set(RAGGED_CONSTRUCTOR_UNSERVED),
+        "plan": set(test_ragged.plan_arguments())
+        | (PLANNING | FEATURES | MASKS | {"head_dim_vo", "causal"})
+        | set(RAGGED_PLAN_UNSERVED),
+        "run": RUNNING | {"k", "v"} | set(RAGGED_RUN_UNSERVED),
+    }
+    check_known(test_ragged.Wrapper, served)
 
 
 def test_what_is_off_in_flashinfer_is_served() -> None:
@@ -175,6 +203,8 @@ def test_what_is_off_in_flashinfer_is_served() -> None:
         non_blocking=False,
     )
     wrapper.run(**run_arguments(window_left=-1, enable_pdl=False, lse_layout="NH", sinks=None))
+    ragged = test_ragged.planned(logits_soft_cap=0.0, use_fp16_qk_reduction=False, v_indptr=None)
+    ragged.run(**test_ragged.run_arguments(o_scale=1.0, enable_pdl=False, kv_cache_sf=None))
 
 
 def test_what_is_off_in_flashinfers_decode_is_served() -> None:

@@ -23,7 +23,8 @@ from small_call import (
 
 MODES = "expected one of 'NONE', 'ROPE_LLAMA', 'ALIBI'"
 LAYOUTS = "expected one of 'NHD', 'HND'"
-BACKENDS = "expected one of 'auto', 'reference', 'cuda'"
+BACKENDS = "expected one of 'auto', 'reference', 'cuda', 'fa2', 'fa3'"
+FLOAT8 = "float8_e4m3fn, float8_e5m2"
 
 # (arguments changed, error, its message)
 PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -45,13 +46,15 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"head_dim_qk": None}, TypeError, "head_dim_qk is a NoneType, expected an int"),
     ({"head_dim_qk": 0}, ValueError, "head_dim_qk = 0, expected at least 1"),
-    ({"head_dim_qk": 96}, NotImplementedError, "head_dim_qk = 96, served are 64, 128, 256"),
+    ({"head_dim_qk": 80}, NotImplementedError, "head_dim_qk = 80, served are 64, 96, 128, 256"),
+    ({"head_dim_qk": 192}, NotImplementedError, "head_dim_qk = 192, served are 64, 96, 128, 256"),
     ({"head_dim_vo": 64.0}, TypeError, "head_dim_vo is a float, expected an int"),
     ({"head_dim_vo": -1}, ValueError, "head_dim_vo = -1, expected at least 1"),
     (
         {"head_dim_vo": 128},
         NotImplementedError,
-        "head_dim_vo = 128 differs from head_dim_qk = 64, which no backend serves",
+        "head_dim_qk = 64 with head_dim_vo = 128, served are equal ones of 64, 96, 128, 256, and "
+        "192/128",
     ),
     ({"page_size": 16.0}, TypeError, "page_size is a float, expected an int"),
     ({"page_size": 0}, ValueError, "page_size = 0, expected at least 1"),
@@ -113,14 +116,14 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "q_data_type = float32, served are float16, bfloat16",
     ),
     (
-        {"kv_data_type": "float8_e4m3fn"},
+        {"q_data_type": "float8_e4m3fn", "kv_data_type": "float8_e4m3fn"},
         NotImplementedError,
-        "kv_data_type = float8_e4m3fn differs from q_data_type = float16, which no backend serves",
+        "q_data_type = float8_e4m3fn, served are float16, bfloat16",
     ),
     (
         {"q_data_type": ml_dtypes.bfloat16, "kv_data_type": np.float16},
         NotImplementedError,
-        "kv_data_type = float16 differs from q_data_type = bfloat16, which no backend serves",
+        f"kv_data_type = float16, served are q_data_type = bfloat16 and {FLOAT8}",
     ),
     (
         {"o_data_type": np.dtype(np.float32)},
@@ -290,7 +293,7 @@ def test_plan_errors(changes: dict[str, Any], error: type[Exception], message: s
         ({"kv_layout": "HDN"}, ValueError, f"kv_layout = 'HDN', {LAYOUTS}"),
         ({"kv_layout": None}, TypeError, f"kv_layout is a NoneType, {LAYOUTS}"),
         ({"kv_layout": np.ones(2)}, TypeError, f"kv_layout is a ndarray, {LAYOUTS}"),
-        ({"backend": "fa2"}, ValueError, f"backend = 'fa2', {BACKENDS}"),
+        ({"backend": "fa4"}, ValueError, f"backend = 'fa4', {BACKENDS}"),
         ({"backend": None}, TypeError, f"backend is a NoneType, {BACKENDS}"),
         ({"backend": np.ones(2)}, TypeError, f"backend is a ndarray, {BACKENDS}"),
         (

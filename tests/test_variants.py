@@ -293,7 +293,6 @@ def test_rope_at_long_positions(rng: np.random.Generator, kv_len: int) -> None:
     """
     formula = Formula(causal=True, pos_encoding_mode="ROPE_LLAMA", window_left=99)
     last = batches.build(rng, [20], [119], group=4, page_size=2**12)
-    (page,) = last.pages[0]
     pages = -(-kv_len // 2**12)
     # The 119 keys end where the request ends, in what may be its last two pages.
     keys_and_values = last.gathered(0)[1:]
@@ -372,26 +371,26 @@ def test_float8(
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kv_dtype", batches.FLOAT8_DTYPES)
 def test_every_float8_is_itself(rng: np.random.Generator, kv_dtype: str, dtype: str) -> None:
-    """A window of 0: each row is its own key's values, bit patterns of all kinds."""
+    """Requests of one key: the output is its values, and the logit what the query picks of it."""
     batch = batches.build(
-        rng, [16], [16], page_size=16, num_kv_heads=1, dtype=dtype, kv_dtype=kv_dtype
+        rng, [1] * 256, [1] * 256, page_size=1, num_kv_heads=1, dtype=dtype, kv_dtype=kv_dtype
     )
     k, v = batch.keys_and_values()
-    (page,) = batch.pages[0]
-    v[page] = np.resize(np.arange(256, dtype=np.uint8), (16, 1, 64)).view(v.dtype)
-    out, _ = attention(batch, Formula(causal=True, window_left=0))
-    np.testing.assert_array_equal(out.astype(np.float32), v[page].astype(np.float32))
-    # Keys, too: a query that picks one element has it for a logit.
-    k[page] = v[page].reshape(16, 64)[::-1].reshape(16, 1, 64)
-    for element in range(64):
-        batch.q[...] = 0
-        batch.q[..., element] = 0.5
-        k[page][..., np.arange(64) != element] = 0
-        _, lse = attention(batch, Formula(True, 2.0, window_left=0, lse_base="ln"))
-        expected = k[page][..., element].astype(np.float32)
-        finite = np.isfinite(expected)
-        np.testing.assert_allclose(lse[finite], expected[finite], rtol=1e-6)
-        k[page] = v[page].reshape(16, 64)[::-1].reshape(16, 1, 64)
+    patterns = np.arange(256, dtype=np.uint8).view(k.dtype)
+    batch.q[...] = 0
+    batch.q[..., 5] = 0.5
+    for r, pattern in enumerate(patterns):
+        k[batch.slot(r, 0)] = 0
+        k[batch.slot(r, 0)][0, 5] = pattern
+        v[batch.slot(r, 0)] = np.roll(patterns, r)[:64]
+    out, lse = attention(batch, Formula(sm_scale=2.0, lse_base="ln"))
+    for r, pattern in enumerate(patterns.astype(np.float32)):
+        got, values = (x.astype(np.float32) for x in (out[r, 0], np.roll(patterns, r)[:64]))
+        if np.isfinite(pattern):
+            np.testing.assert_array_equal(got, values)
+            np.testing.assert_allclose(lse[r, 0], pattern, rtol=1e-6)
+        elif np.isnan(pattern):
+            assert np.isnan(got).all()
 
 
 @with_and_without_splits

@@ -50,7 +50,7 @@ class LowerTriangularFromBottomRightLocalAttentionMask(LowerTriangularFromBottom
 
 @dataclass(eq=False)
 class LocalAttentionFromBottomRightMask(AttentionBias):
-    """Rows see from `window_left` keys before to `window_right` behind the bottom right diagonal."""
+    """Rows see `window_left` keys before the bottom right diagonal to `window_right` behind."""
 
     window_left: int
     window_right: int

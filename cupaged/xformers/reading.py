@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cupaged import arrays, bands, validate
 from cupaged.bands import Band
-from cupaged.door import Index, Pages, Rows
+from cupaged.door import Batch, Index, Pages, Rows
 
 Layout = Literal["dense", "blocks", "padded", "gappy", "paged", "paged gappy"]
 
@@ -50,9 +50,7 @@ FORMS: dict[str, Form] = {
     "BlockDiagonalCausalMask": Form("blocks", _TOP),
     "BlockDiagonalCausalFromBottomRightMask": Form("blocks", _BOTTOM),
     "BlockDiagonalCausalLocalAttentionMask": Form("blocks", _TOP, "_window_size"),
-    "BlockDiagonalCausalLocalAttentionFromBottomRightMask": Form(
-        "blocks", _BOTTOM, "_window_size"
-    ),
+    "BlockDiagonalCausalLocalAttentionFromBottomRightMask": Form("blocks", _BOTTOM, "_window_size"),
     "BlockDiagonalPaddedKeysMask": Form("padded"),
     "BlockDiagonalCausalWithOffsetPaddedKeysMask": Form("padded", _BOTTOM),
     "BlockDiagonalLocalAttentionPaddedKeysMask": Form("padded", _BOTTOM, "sides"),
@@ -69,8 +67,6 @@ FORMS: dict[str, Form] = {
 
 #: What says which keys a class's rows see.
 _MASKING = ("materialize", "_create_block_mask", "_UNPAGED_TYPE")
-
-Describe = Callable[[], tuple[Band, Rows | Pages]]
 
 
 class Reading(NamedTuple):
@@ -89,12 +85,15 @@ class Reading(NamedTuple):
 
     key: Hashable
     owners: tuple[Any, ...]
-    describe: Describe
+    describe: Callable[[], Batch]
     page_size: int | None = None
 
 
-def read(bias: Any, batch: int, num_queries: int, num_keys: int) -> Reading:
+def read(bias: Any, batch: int, num_queries: int, num_keys: int, flat: bool) -> Reading:
     """Read a bias of a query `[batch, num_queries, ...]` and a key `[batch, num_keys, ...]`.
+
+    `flat` says that keys are to be taken for rows of K one behind the other, all batches'; else
+    each batch is to be a page.
 
     Raises
     ------
@@ -106,7 +105,7 @@ def read(bias: Any, batch: int, num_queries: int, num_keys: int) -> Reading:
     form = _form(bias)
     left, right = _window(bias, form)
     if form.layout == "dense":
-        return _read_dense(form, left, right, batch, num_queries, num_keys)
+        return _read_dense(form, left, right, batch, num_queries, num_keys, flat)
     q_start = tuple(bias.q_seqinfo.seqstart_py)
     k_start = tuple(bias.k_seqinfo.seqstart_py)
     k_len = () if form.layout == "blocks" else tuple(bias.k_seqinfo.seqlen_py)
@@ -127,20 +126,18 @@ def read(bias: Any, batch: int, num_queries: int, num_keys: int) -> Reading:
     else:
         _check_rows("key", num_keys, k_start[-1], f"k_seqinfo.seqstart_py[-1] of {_of(bias)}")
 
-    def describe() -> tuple[Band, Rows | Pages]:
-        qo_len = np.diff(np.array(q_start, np.int64))
+    def describe() -> Batch:
+        qo_len = _differences(q_start)
         starts = np.array(k_start[:-1], np.int64)
-        if form.layout == "blocks":
-            kv_len = np.diff(np.array(k_start, np.int64))
-        else:
-            kv_len = np.array(k_len, np.int64)
+        blocks = form.layout == "blocks"
+        kv_len = _differences(k_start) if blocks else np.array(k_len, np.int64)
         if len(qo_len) != len(kv_len):
             raise ValueError(
                 f"attn_bias has {len(qo_len)} blocks of queries and {len(kv_len)} of keys, "
                 "expected as many"
             )
         if table is None or page_size is None:
-            return _band(form, qo_len, kv_len, left, right), Rows(starts)
+            return Batch(_band(form, qo_len, kv_len, left, right), Rows(starts))
         if table.values.ndim != 2 or len(table.values) != len(qo_len):
             raise ValueError(
                 f"attn_bias.block_tables has shape {table.values.shape}, expected "
@@ -150,9 +147,8 @@ def read(bias: Any, batch: int, num_queries: int, num_keys: int) -> Reading:
             starts = np.zeros_like(kv_len)
         else:
             kv_len = kv_len - starts  # what xFormers keeps here is where they end
-        hidden = starts % page_size
-        band = _band(form, qo_len, kv_len + hidden, left, right, hidden)
-        return band, Pages(table.values, starts // page_size, page_size, table.name)
+        band = _band(form, qo_len, kv_len, left, right)
+        return Batch(band, Pages(table.values, starts, page_size, table.name))
 
     return Reading(key, () if table is None else (table.x,), describe, page_size)
 
@@ -186,29 +182,44 @@ def _window(bias: Any, form: Form) -> tuple[int | None, int | None]:
     return None, 0
 
 
+def _differences(starts: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    values = np.array(starts, np.int64)
+    return values[1:] - values[:-1]
+
+
 def _band(
     form: Form,
     qo_len: npt.NDArray[np.int64],
     kv_len: npt.NDArray[np.int64],
     left: int | None,
     right: int | None,
-    hidden: npt.NDArray[np.int64] | None = None,
 ) -> Band:
     if form.corner == _TOP:
         return bands.top_left(qo_len, kv_len, left, right)
-    return bands.bottom_right(qo_len, kv_len, left, right, hidden)
+    return bands.bottom_right(qo_len, kv_len, left, right)
 
 
 def _read_dense(
-    form: Form, left: int | None, right: int | None, batch: int, num_queries: int, num_keys: int
+    form: Form,
+    left: int | None,
+    right: int | None,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    flat: bool,
 ) -> Reading:
     """A bias that is the same for every element of the batch."""
 
-    def describe() -> tuple[Band, Rows | Pages]:
+    def describe() -> Batch:
         qo_len, kv_len = (np.full(batch, n, np.int64) for n in (num_queries, num_keys))
-        return _band(form, qo_len, kv_len, left, right), Rows(np.arange(batch) * num_keys)
+        number = np.arange(batch)
+        keys: Rows | Pages = Rows(number * num_keys)
+        if not flat:
+            keys = Pages(number[:, None], np.zeros(batch, np.int64), num_keys, "key")
+        return Batch(_band(form, qo_len, kv_len, left, right), keys)
 
-    return Reading((form, left, right, batch, num_queries, num_keys), (), describe)
+    key = (form, left, right, batch, num_queries, num_keys, flat)
+    return Reading(key, (), describe, None if flat else num_keys)
 
 
 def _of(bias: Any) -> str:

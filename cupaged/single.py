@@ -1,0 +1,252 @@
+"""Attention of one request whose keys and values have no pages: FlashInfer's functions for that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupaged import arrays, unserved, validate
+from cupaged.ragged import BatchPrefillWithRaggedKVCacheWrapper
+from cupaged.spec import DTYPES, FLOAT8_DTYPES, SERVED_DTYPES
+from cupaged.validate_lengths import SINGLE_NAMES
+from cupaged.validate_run import words_of_dtype
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_KV_DTYPES = (*SERVED_DTYPES, *FLOAT8_DTYPES)
+
+#: Frames from a warning to who called a function of this room.
+_CALLER = 4
+
+
+def single_prefill_with_kv_cache(
+    q: Any,
+    k: Any,
+    v: Any,
+    scale_q: Any = None,
+    scale_k: Any = None,
+    scale_v: Any = None,
+    o_dtype: Any = None,
+    custom_mask: Any = None,
+    packed_custom_mask: Any = None,
+    causal: bool = False,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_fp16_qk_reduction: bool = False,
+    sm_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    kv_cache_sf: Any = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    sinks: Any = None,
+) -> Any:
+    """Attention of one request.
+
+    Every call plans anew. Where lengths repeat, layer after layer, a
+    `BatchPrefillWithRaggedKVCacheWrapper` plans once.
+
+    Parameters
+    ----------
+    q : array [qo_len, num_qo_heads, head_dim_qk]
+        float16 or bfloat16.
+    k : array [kv_len, num_kv_heads, head_dim_qk] (NHD) or [num_kv_heads, kv_len, head_dim_qk]
+        Of q's dtype, or of a float8.
+    v : array [kv_len, num_kv_heads, head_dim_vo] (NHD) or [num_kv_heads, kv_len, head_dim_vo]
+        Of k's dtype.
+    o_dtype : dtype or str, optional
+        Must be q's.
+    custom_mask : bool array [qo_len, kv_len] or flattened, optional
+        Which keys each query row sees, beside what `causal` and `window_left` say.
+    packed_custom_mask : uint8 array [ceil(qo_len * kv_len / 8)], optional
+        The same as little-endian bits.
+    return_lse : bool
+        Return the log-sum-exp of the logits too, base 2.
+    causal, kv_layout, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, \
+rope_theta, backend, k_scale, v_scale, sinks
+        As `BatchPrefillWithRaggedKVCacheWrapper` takes them.
+    scale_q, scale_k, scale_v, use_fp16_qk_reduction, kv_cache_sf
+        Not served; anything but the default raises `NotImplementedError`.
+
+    Returns
+    -------
+    out : array [qo_len, num_qo_heads, head_dim_vo]
+        The kind of array that q is. A row that sees no key is 0.
+    lse : float32 array [qo_len, num_qo_heads]
+        Only with `return_lse`. A row that sees no key has -inf.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Names the argument, what was expected and what came.
+    NotImplementedError
+        A legal request that no backend serves.
+    BackendUnavailableError
+        Device arrays without a GPU or NVRTC that serve them.
+
+    Warns
+    -----
+    CupagedWarning
+        `causal` with more queries than keys.
+    """
+    unserved.refuse(
+        unserved.SINGLE_PREFILL, (scale_q, scale_k, scale_v, use_fp16_qk_reduction, kv_cache_sf)
+    )
+    return_lse = validate.flag(return_lse, "return_lse")
+    wrapper = _wrapper(q, kv_layout, backend)
+    lengths, geometry, dtypes = _describe(q, k, v, kv_layout, ("qo_len", "num_qo_heads"))
+    wrapper._plan_rows(
+        *lengths,
+        *geometry,
+        **dtypes,
+        o_data_type=o_dtype,
+        custom_mask=custom_mask,
+        packed_custom_mask=packed_custom_mask,
+        causal=causal,
+        pos_encoding_mode=pos_encoding_mode,
+        sm_scale=sm_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        given=(q,),
+        names=SINGLE_NAMES,
+        stacklevel=_CALLER,
+    )
+    return wrapper.run(
+        q, k, v, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse, sinks=sinks
+    )
+
+
+def single_prefill_with_kv_cache_return_lse(*args: Any, **options: Any) -> Any:
+    """`single_prefill_with_kv_cache()` with `return_lse=True`."""
+    return single_prefill_with_kv_cache(*args, **options | {"return_lse": True})
+
+
+def single_decode_with_kv_cache(
+    q: Any,
+    k: Any,
+    v: Any,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_tensor_cores: bool = False,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    sm_scale: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    return_lse: bool = False,
+    sinks: Any = None,
+) -> Any:
+    """Attention of the newest token of one request.
+
+    Every call plans anew, as `single_prefill_with_kv_cache()` does.
+
+    Parameters
+    ----------
+    q : array [num_qo_heads, head_dim_qk]
+        float16 or bfloat16.
+    k : array [kv_len, num_kv_heads, head_dim_qk] (NHD) or [num_kv_heads, kv_len, head_dim_qk]
+        Of q's dtype, or of a float8.
+    v : array [kv_len, num_kv_heads, head_dim_vo] (NHD) or [num_kv_heads, kv_len, head_dim_vo]
+        Of k's dtype.
+    use_tensor_cores : bool
+        For FlashInfer's callers; the kernels use tensor cores either way.
+    return_lse : bool
+        Return the log-sum-exp of the logits too, base 2.
+    kv_layout, pos_encoding_mode, q_scale, k_scale, v_scale, window_left, logits_soft_cap, \
+sm_scale, rope_scale, rope_theta, sinks
+        As `BatchPrefillWithRaggedKVCacheWrapper` takes them.
+
+    Returns
+    -------
+    out : array [num_qo_heads, head_dim_vo]
+        The kind of array that q is; 0 where there is no key.
+    lse : float32 array [num_qo_heads]
+        Only with `return_lse`; -inf where there is no key.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Names the argument, what was expected and what came.
+    NotImplementedError
+        A legal request that no backend serves.
+    BackendUnavailableError
+        Device arrays without a GPU or NVRTC that serve them.
+    """
+    validate.flag(use_tensor_cores, "use_tensor_cores")
+    return_lse = validate.flag(return_lse, "return_lse")
+    wrapper = _wrapper(q, kv_layout, "auto")
+    lengths, geometry, dtypes = _describe(q, k, v, kv_layout, ("num_qo_heads",))
+    wrapper._plan_rows(
+        *lengths,
+        *geometry,
+        **dtypes,
+        pos_encoding_mode=pos_encoding_mode,
+        sm_scale=sm_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        given=(q,),
+        names=SINGLE_NAMES,
+    )
+    out, lse = wrapper.run(
+        q.reshape((1, *q.shape)),
+        *(k, v),
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        return_lse=True,
+        sinks=sinks,
+    )
+    out = out.reshape(out.shape[1:])
+    return (out, lse.reshape(lse.shape[1:])) if return_lse else out
+
+
+def _wrapper(q: Any, kv_layout: str, backend: str) -> BatchPrefillWithRaggedKVCacheWrapper:
+    """A wrapper that plans for where q is."""
+    if backend == "auto" and arrays.device_id(arrays.import_tensor(q, "q")) is None:
+        backend = "reference"
+    return BatchPrefillWithRaggedKVCacheWrapper(kv_layout=kv_layout, backend=backend)
+
+
+def _describe(
+    q: Any, k: Any, v: Any, kv_layout: str, axes: tuple[str, ...]
+) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
+    """Lengths, heads and dtypes of one request's arrays, as `_plan_rows()` takes them.
+
+    `axes` are q's but for the last one.
+    """
+    found = []
+    kv_axes = ("kv_len", "num_kv_heads") if kv_layout == "NHD" else ("num_kv_heads", "kv_len")
+    for name, x, names in (("q", q, axes), ("k", k, kv_axes), ("v", v, kv_axes)):
+        array = arrays.import_tensor(x, name)
+        if array.ndim != len(names) + 1:
+            raise ValueError(
+                f"{name} has shape {array.shape}, expected ({', '.join(names)}, head_dim)"
+            )
+        found.append(array)
+    queries, keys, values = found
+    kv_len, num_kv_heads = keys.shape[:2] if kv_layout == "NHD" else keys.shape[1::-1]
+    qo_len = queries.shape[0] if len(axes) == 2 else 1
+    return (
+        ([0, qo_len], [0], [kv_len]),
+        (queries.shape[-2], num_kv_heads, keys.shape[-1], values.shape[-1]),
+        {
+            "q_data_type": _dtype(queries, "q", SERVED_DTYPES),
+            "kv_data_type": _dtype(keys, "k", _KV_DTYPES),
+        },
+    )
+
+
+def _dtype(array: Any, name: str, served: tuple[str, ...]) -> str:
+    found = _NAMES.get(array.dtype)
+    if found not in served:
+        raise TypeError(f"{name} is {words_of_dtype(array)}, expected one of {', '.join(served)}")
+    return found
