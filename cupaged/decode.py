@@ -7,6 +7,7 @@ from typing import Any
 from cupaged import arrays, unserved, validate, validate_lengths
 from cupaged.graph_buffers import graph_buffers
 from cupaged.paged_attention import PagedAttention, dtype_names
+from cupaged.spec import FLOAT8_DTYPES
 
 
 class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
@@ -140,7 +141,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
             "float16" or "bfloat16"; the latter two follow `q_data_type`. K and V may be
             "float8_e4m3fn" or "float8_e5m2" too, with `k_scale` and `v_scale` of `run()`.
         data_type : dtype or str, optional
-            All three at once, `q_data_type` then being left as it is.
+            All three at once, `q_data_type` then being left as it is; a float8 is K's and V's
+            alone.
         sm_scale : float, optional
             What multiplies `q·k`; by default `1 / sqrt(head_dim)`.
         rope_scale, rope_theta : float, optional
@@ -175,14 +177,15 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         unserved.refuse(unserved.DECODE_PLAN, (block_tables, seq_lens))
         if data_type is not None:
             dtype = arrays.dtype_name(data_type, "data_type")
-            # q_data_type's default may be what was given.
-            if arrays.dtype_name(q_data_type, "q_data_type") not in ("float16", dtype):
-                raise ValueError("data_type and q_data_type exclude each other")
+            if dtype not in FLOAT8_DTYPES:
+                # q_data_type's default may be what was given.
+                if arrays.dtype_name(q_data_type, "q_data_type") not in ("float16", dtype):
+                    raise ValueError("data_type and q_data_type exclude each other")
+                q_data_type = dtype
             if kv_data_type is None:
                 kv_data_type = dtype
             if arrays.dtype_name(kv_data_type, "kv_data_type") != dtype:
                 raise ValueError("data_type and kv_data_type exclude each other")
-            q_data_type = dtype
         q_len_per_req = validate.positive_int(q_len_per_req, "q_len_per_req")
         spec = validate.attention_spec(
             num_qo_heads,

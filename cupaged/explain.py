@@ -306,7 +306,7 @@ def _dropped_lines(
         kv_len = np.maximum(kv_len - first_splits["qo_len"] + queries, 0)
     split_size = int(kv_len.max()) + 1
     if schedule.fixed_split_size is not None:
-        split_size = min(schedule.fixed_split_size * spec.page_size, split_size)
+        split_size = min(schedule.fixed_split_size * spec.split_unit, split_size)
     in_split = -(-split_size // config.cta_tile_kv)
     there = kv_len // split_size * in_split + -(-(kv_len % split_size) // config.cta_tile_kv)
     items = launch.items

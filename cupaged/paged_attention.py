@@ -274,7 +274,9 @@ class PagedAttention:
         validate_run.backend_serves(self._backend, device)
         if plan.workspace is not None:
             validate_run.workspace_device(plan.workspace, device, "q is")
-        self._check_range(plan.page_indices, plan.highest_page, plan.schedule.lengths, num_pages)
+        if plan.highest_page >= num_pages:
+            lengths = plan.schedule.lengths
+            self._check_range(plan.page_indices, plan.highest_page, lengths, num_pages)
         if sinks is not None:
             sinks = arrays.import_tensor(sinks, "sinks", q)
             validate_run.sinks(sinks, spec, device)

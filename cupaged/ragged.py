@@ -86,8 +86,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PagedAttention):
                 *(use_cuda_graph, buffers, max_batch_size, custom_mask_buf, mask_indptr_buf)
             ),
         )
-        # K and V may have more rows than the plan.
-        self._more_rows = self._graph is not None
+        # Where the number of K's and V's rows comes from, and whether they may have more.
+        self._kv_rows = ("kv_indptr[-1]", False)
 
     def plan(
         self,
@@ -196,7 +196,7 @@ o_indptr, uniform_q_len
             kv_indptr=kv,
             stacklevel=_PLANS_CALLER,
         )
-        self._more_rows = self._graph is not None
+        self._kv_rows = ("kv_indptr[-1]", self._graph is not None)
 
     begin_forward = plan
 
@@ -266,7 +266,7 @@ o_indptr, uniform_q_len
         validate_lengths.warn_of_too_few_keys(spec, lengths, names, stacklevel)
         rows = begins.astype(np.int32) if kv_indptr is None else kv_indptr
         self._schedule(spec, lengths, rows, num_rows, given, choices, mask=mask)
-        self._more_rows = True
+        self._kv_rows = ("the last row that is planned", True)
 
     def run(
         self,
@@ -368,9 +368,8 @@ o_indptr, uniform_q_len
             arrays.import_tensor(x, name, q) for x, name in zip(cache, self._kv_names, strict=True)
         )
         assert self._plan is not None  # which `_attend()` has seen to
-        rows_are = "the last row that is planned" if self._more_rows else "kv_indptr[-1]"
         k, v = validate_run.ragged(
-            *(k, v, spec, self.kv_layout, self._plan.highest_page, rows_are, self._more_rows)
+            k, v, spec, self.kv_layout, self._plan.highest_page, *self._kv_rows
         )
         return k, v, len(k)
 

@@ -114,7 +114,7 @@ class _Logits:
         `heads` [num_kv_heads, rows] are the rows' query heads, and `distance` [rows, keys] says
         by how much a key is behind the row's own.
         """
-        logits = products * self.scale
+        logits: Float = products * self.scale
         if self.cap is not None:
             logits = self.cap * np.tanh(logits / self.cap)
         if self.slopes is not None:

@@ -168,7 +168,7 @@ def build(
             tiles, kv_tiles = _query_tiles(spec, lengths, packed_len, chosen, one_each, config)
             split_size, first = None, 0
             if fixed_split_size is not None:
-                split_size = min(fixed_split_size * spec.page_size, splits.MAX_SPLIT)
+                split_size = min(fixed_split_size * spec.split_unit, splits.MAX_SPLIT)
             if narrowed:
                 # There is room in a frame for a run of each query tile.
                 one_run = frame is not None

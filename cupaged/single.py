@@ -233,7 +233,10 @@ def _describe(
             )
         found.append(array)
     queries, keys, values = found
-    kv_len, num_kv_heads = keys.shape[:2] if kv_layout == "NHD" else keys.shape[1::-1]
+    rows = kv_axes.index("kv_len")
+    kv_len, num_kv_heads = keys.shape[rows], keys.shape[1 - rows]
+    if values.shape[rows] != kv_len:
+        raise ValueError(f"v has {values.shape[rows]} rows, expected {kv_len} as k does")
     qo_len = queries.shape[0] if len(axes) == 2 else 1
     return (
         ([0, qo_len], [0], [kv_len]),

@@ -165,6 +165,11 @@ class AttentionSpec:
         """Query heads that share a KV head."""
         return self.num_qo_heads // self.num_kv_heads
 
+    @property
+    def split_unit(self) -> int:
+        """Tokens that `fixed_split_size` counts in: a page's, or one where there are no pages."""
+        return 1 if self.page_size == RAGGED else self.page_size
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceModel:

@@ -45,7 +45,8 @@ _PADDED = {(96, 96): (128, 128)}
 # 32 rows need does not fit the registers, so eight warps take 16 each. Two blocks an SM cover each
 # other's softmax and barriers.
 # "long" of the sm_90 family: a warpgroup computes 64 rows, and what its registers and the shared
-# memory hold decides the keys of a tile.
+# memory hold decides the keys of a tile. Three warpgroups hide each other's softmax better than two
+# with twice the keys do (bench/NOTES-sm90.md); at 256 the output leaves no registers for a third.
 # "brief": for a small batch of few keys, where it pays to compute less past their ends; where there
 # is none, "long" stands in.
 # "short": 16 rows, the keys divided over the warps: decoding and very short queries are bound by
@@ -53,7 +54,7 @@ _PADDED = {(96, 96): (128, 128)}
 _D64, _D128, _D192, _D256 = (64, 64), (128, 128), (192, 128), (256, 256)
 _TILES: dict[tuple[str, tuple[int, int], Shape], _Tile] = {
     ("sm90", _D64, "long"): _Tile(192, 128, 12, 1, 6, 1, "prefill_sm90", 2),
-    ("sm90", _D128, "long"): _Tile(128, 128, 8, 1, 5, 1, "prefill_sm90", 2),
+    ("sm90", _D128, "long"): _Tile(192, 64, 12, 1, 8, 1, "prefill_sm90", 2),
     ("sm90", _D256, "long"): _Tile(128, 80, 8, 1, 4, 1, "prefill_sm90"),
     ("sm90", _D128, "brief"): _Tile(128, 64, 8, 1, 8, 1, "prefill_sm90", 2),
     ("large", _D64, "long"): _Tile(128, 64, 4, 1, 2, 2),

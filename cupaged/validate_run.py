@@ -178,12 +178,11 @@ def one_device(
     q: Any, k: Any, v: Any, names: tuple[str, str] = ("k cache", "v cache")
 ) -> int | None:
     """The device that q, K and V, which are called `names`, share; None for the host."""
-    device = arrays.device_id(q)
-    for name, array in zip(names, (k, v), strict=True):
-        found = arrays.device_id(array)
-        if found != device:
-            raise ValueError(f"{name} is on {place(found)}, expected {place(device)} as q is")
-    return device
+    device, of_k, of_v = arrays.device_id(q), arrays.device_id(k), arrays.device_id(v)
+    if of_k == device == of_v:
+        return device
+    name, found = (names[0], of_k) if of_k != device else (names[1], of_v)
+    raise ValueError(f"{name} is on {place(found)}, expected {place(device)} as q is")
 
 
 def ragged(

@@ -57,24 +57,36 @@ struct Visibility {
     }
 
     // Sets logits s of a warp's rows, from first_row of the tile on, and keys, from first_key on,
-    // to -inf where the row does not see the key.
+    // to -inf where the row does not see the key. `seen` is what all the rows see.
     template <int N>
-    __device__ __forceinline__ void mask(float (&s)[MMA_Q][N][4], const RowMap& rows, int first_row,
-                                         int first_key, int lane) const {
+    __device__ __forceinline__ void mask(float (&s)[MMA_Q][N][4], const RowMap& rows,
+                                         const Span& seen, int first_row, int first_key,
+                                         int lane) const {
+        // With a window few tiles have both ends, and comparing takes as long as the softmax.
+        const bool has_end = !CUPAGED_WINDOW || first_key + N * 8 > seen.end;
+        const bool has_begin = CUPAGED_WINDOW && first_key < seen.begin;
 #pragma unroll
         for (int i = 0; i < MMA_Q; ++i)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int query = rows.query(first_row + i * 16 + h * 8 + lane / 4);
                 const int first = first_key + lane % 4 * 2;
-                const int end = kv_end(query) - first;
-                const int begin = CUPAGED_WINDOW ? kv_begin(query) - first : 0;
+                if (has_end) {
+                    const int end = kv_end(query) - first;
 #pragma unroll
-                for (int n = 0; n < N; ++n)
+                    for (int n = 0; n < N; ++n)
 #pragma unroll
-                    for (int c = 0; c < 2; ++c)
-                        if (n * 8 + c >= end || (CUPAGED_WINDOW && n * 8 + c < begin))
-                            s[i][n][2 * h + c] = NEG_INF;
+                        for (int c = 0; c < 2; ++c)
+                            if (n * 8 + c >= end) s[i][n][2 * h + c] = NEG_INF;
+                }
+                if (has_begin) {
+                    const int begin = kv_begin(query) - first;
+#pragma unroll
+                    for (int n = 0; n < N; ++n)
+#pragma unroll
+                        for (int c = 0; c < 2; ++c)
+                            if (n * 8 + c < begin) s[i][n][2 * h + c] = NEG_INF;
+                }
                 if (CUPAGED_CUSTOM_MASK) {
 #pragma unroll
                     for (int n = 0; n < N; ++n) {

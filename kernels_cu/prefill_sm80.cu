@@ -168,7 +168,7 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
         Logits s;
         multiply_qk(s, q_fragment, k);
         transform(s, visible, rows, first_row, first_key, lane);
-        if (!all_visible) visible.mask(s, rows, first_row, first_key, lane);
+        if (!all_visible) visible.mask(s, rows, seen, first_row, first_key, lane);
         float factor[MMA_Q][2];
         if (state.raise(s, p.logit_scale, factor)) rescale(o, factor);
         state.weigh(s, p.logit_scale);

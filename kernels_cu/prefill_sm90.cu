@@ -16,7 +16,7 @@ using Weights = Pair[CTA_TILE_KV / 16][4];  // P as the A operand of each 16 key
 
 // Blocks of 16 keys whose weights are computed while the product with the last tile's is under way,
 // which holds the registers that they go to: as many as find room elsewhere.
-constexpr int EARLY_BLOCKS = HEAD_DIM == 128 ? CTA_TILE_KV / 32 : 0;
+constexpr int EARLY_BLOCKS = HEAD_DIM != 128 ? 0 : CUPAGED_SOFT_CAP ? 1 : CTA_TILE_KV / 32;
 
 // The right to issue products, which the consumers hand around.
 struct Turn {
@@ -40,11 +40,11 @@ __device__ __forceinline__ void start_qk(Logits& s, u64 q, u64 k) {
     }
 }
 
-// Starts o = P . V, or o += where `accumulate` isn't 0.
-__device__ __forceinline__ void start_pv(Output& o, const Weights& weights, u64 v, int accumulate) {
+// Starts o += P . V.
+__device__ __forceinline__ void start_pv(Output& o, const Weights& weights, u64 v) {
 #pragma unroll
     for (int n = 0; n < CTA_TILE_KV / 16; ++n)
-        wgmma(o[0], weights[n], v + (n * 2 * GROUP_BYTES >> 4), n > 0 ? 1 : accumulate);
+        wgmma(o[0], weights[n], v + (n * 2 * GROUP_BYTES >> 4), 1);
 }
 
 __device__ __forceinline__ void pack(Weights& weights, const Logits& s) {
@@ -94,11 +94,16 @@ struct Speculation {
         }
     }
 
+    // Whether all of the warp's products were as small as a soft cap hopes.
+    __device__ __forceinline__ bool all_small() const {
+        return !CUPAGED_SOFT_CAP || __all_sync(~0u, small < 0);
+    }
+
     // Whether it was right for all of the warp's rows; then the sums are added to the state's.
     __device__ __forceinline__ bool holds(SoftmaxState& state) const {
         constexpr float LARGE = 1 << static_cast<int>(RESCALE_THRESHOLD);
         const bool large = !(sum[0] <= LARGE) || !(sum[1] <= LARGE);
-        if (__any_sync(~0u, large || (CUPAGED_SOFT_CAP && small >= 0))) return false;
+        if (__any_sync(~0u, large) || !all_small()) return false;
         state.sum[0][0] += sum[0];
         state.sum[0][1] += sum[1];
         return true;
@@ -109,14 +114,6 @@ __device__ __forceinline__ void pack(Pair (&weights)[4], const float (&pairs)[4]
 #pragma unroll
     for (int c = 0; c < 4; ++c) weights[c] = pack_pair(pairs[c][0], pairs[c][1]);
 }
-
-// What a piece of work is to a consumer: none, rows of its own and keys that they see, rows that see
-// no key, or rows of other consumers alone.
-enum class Piece { NONE, OWN, EMPTY, OF_OTHERS };
-
-// Whether a piece of work begins before the results of the one before are written: its Q needs a
-// stage of its own, and its products registers.
-constexpr bool OVERLAPPED = NUM_Q_STAGES > 1 && HEAD_DIM == 128 && !CUPAGED_SOFT_CAP;
 
 // A consumer's places in the rings, which outlast a piece of work.
 struct Consumer {
@@ -138,11 +135,8 @@ struct Consumer {
         if (!CUPAGED_PAGE_ALIGNED) fence_async_proxy();  // cp.async wrote as ordinary stores do
         return tile_descriptor(kv_tiles + place.stage * TILE_KV_BYTES);
     }
-    __device__ __forceinline__ void release(PlaceKv place) const {
-        arrive_warp(&barriers.kv_empty[place.stage], lane());
-    }
     __device__ __forceinline__ void release() {
-        release(at);
+        arrive_warp(&barriers.kv_empty[at.stage], lane());
         at.advance();
     }
 
@@ -160,40 +154,8 @@ struct Consumer {
         }
     }
 
-    // Waits for a piece of work and its Q; where pieces overlap, s is its first product.
-    __device__ __forceinline__ Piece begin(Logits& s, const Control& control, PlaceWork work_at,
-                                           PlaceQ q_at) {
-        wait_full(barriers.work_full, work_at.stage, work_at.round);
-        const Work& work = control.work[work_at.stage];
-        if (work.kv_head < 0) return Piece::NONE;
-        wait_full(barriers.q_full, q_at.stage, q_at.round);
-        fence_async_proxy();  // cp.async wrote Q as ordinary stores do
-        if (!RowMap(p, work).valid(turn.consumer * 64)) return Piece::OF_OTHERS;
-        if (num_kv_tiles(work.item) == 0) return Piece::EMPTY;
-        if (OVERLAPPED) first_product(s, q_at.stage);
-        return Piece::OWN;
-    }
-
-    // s = Q . K^T of a piece's first tile.
-    __device__ __forceinline__ void first_product(Logits& s, int q_stage) {
-        const u64 k = wait_tile(at);
-        turn.take();
-        wgmma_fence();
-        start_qk(s, q_descriptor(q_stage), k);
-        wgmma_commit();
-        turn.pass();
-        wgmma_wait<0>();
-        pin(s[0]);
-        release();
-    }
-
-    __device__ __forceinline__ u64 q_descriptor(int q_stage) const {
-        return tile_descriptor(q_tiles + q_stage * TILE_Q_BYTES + turn.consumer * 64 * ROW_BYTES);
-    }
-
-    // The loop over the keys, for one KV head, after begin(): what the warp has of the output and
-    // softmax, but for the last tile's part of the output, which is under way.
-    __device__ __forceinline__ void attend(const Work& work, int q_stage, Logits& s, Output& o,
+    // The loop over the keys, for one KV head: what the warp has of the output and softmax.
+    __device__ __forceinline__ void attend(const Work& work, int q_stage, Output& o,
                                            SoftmaxState& state) {
         const RowMap rows(p, work);
         const Visibility visible(p, work);
@@ -201,24 +163,34 @@ struct Consumer {
         int tiles = num_kv_tiles(work.item);
         int begin = work.item.kv_begin + (tiles - 1) * CTA_TILE_KV;  // of the tile at hand
         const Span seen = visible.seen_by_all(rows.query(first_row()), rows.query(first_row() + 15));
-        u64 q = q_descriptor(q_stage);
+        u64 q = tile_descriptor(q_tiles + q_stage * TILE_Q_BYTES + turn.consumer * 64 * ROW_BYTES);
 
+        Logits s;
         Weights weights;
         float factor[1][2];
         // What becomes of a tile's products before they are weights.
         const auto prepare = [&] {
             transform(s, visible, rows, first_row(), begin, lane());
             if (!seen.has(begin, begin + CTA_TILE_KV))
-                visible.mask(s, rows, first_row(), begin, lane());
+                visible.mask(s, rows, seen, first_row(), begin, lane());
         };
 
-        if (!OVERLAPPED) first_product(s, q_stage);
+        const u64 first_k = wait_tile(at);
+        turn.take();
+        wgmma_fence();
+        start_qk(s, q, first_k);
+        wgmma_commit();
+        turn.pass();
+        wgmma_wait<0>();
+        pin(s[0]);
+        release();
         prepare();
         state.raise(s, scale, factor);
         state.weigh(s, scale);
         pack(weights, s);
 
-        int accumulate = 0;
+        // Where one tile's products are too large to be capped in short, the next one's will be.
+        bool capped_small = true;
 #pragma unroll 1
         while (--tiles > 0) {
             begin -= CTA_TILE_KV;
@@ -232,15 +204,15 @@ struct Consumer {
             after.advance();
             const u64 v = wait_tile(after);
             wgmma_fence();
-            start_pv(o, weights, v, accumulate);
+            start_pv(o, weights, v);
             wgmma_commit();
             turn.pass();
-            accumulate = 1;
             wgmma_wait<1>();
             pin(s[0]);
             release();
             // Masks are for capped logits, of which there are none yet.
-            const bool hope = !CUPAGED_SOFT_CAP || seen.has(begin, begin + CTA_TILE_KV);
+            const bool hope =
+                !CUPAGED_SOFT_CAP || capped_small && seen.has(begin, begin + CTA_TILE_KV);
             if (!CUPAGED_SOFT_CAP) prepare();
             Speculation speculation(state, p);
             float early[EARLY_BLOCKS + 1][4][2];  // C++ has no array of none
@@ -262,7 +234,10 @@ struct Consumer {
                 }
             }
             if (!hope || !speculation.holds(state)) {
-                if (CUPAGED_SOFT_CAP) prepare();
+                if (CUPAGED_SOFT_CAP) {
+                    capped_small &= !hope || speculation.all_small();
+                    prepare();
+                }
                 if (state.raise(s, scale, factor)) rescale(o, factor);
                 state.weigh(s, scale);
                 pack(weights, s);
@@ -270,8 +245,12 @@ struct Consumer {
         }
         const u64 last_v = wait_tile(at);
         wgmma_fence();
-        start_pv(o, weights, last_v, accumulate);
+        start_pv(o, weights, last_v);
         wgmma_commit();
+        wgmma_wait<0>();
+        pin(o[0]);
+        release();
+        state.finish(o, scale, work.item.num_splits == 1 ? p.v_scale : 1.0f);
     }
 
     // Writes what attend() found: the result, or the split's partial state, and merges the splits
@@ -341,54 +320,27 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
         const int consumer = warp / 4 - 1;
         Consumer me{p, control.barriers, q_tiles, kv_tiles, Turn{consumer}};
         if (consumer == NUM_CONSUMERS - 1) me.turn.pass();  // the first one's first turn
-        PlaceWork at;
         PlaceQ q_at;
-        Logits s;
-        Piece piece = me.begin(s, control, at, q_at);
-        while (piece != Piece::NONE) {
+        for (PlaceWork at;; at.advance(), q_at.advance()) {
+            wait_full(control.barriers.work_full, at.stage, at.round);
             const Work& work = control.work[at.stage];
-            Piece next = Piece::NONE;
-            const auto begin_next = [&] {
-                PlaceWork next_at = at;
-                PlaceQ next_q_at = q_at;
-                next_at.advance();
-                next_q_at.advance();
-                next = me.begin(s, control, next_at, next_q_at);
-            };
-            if (piece == Piece::OWN) {
-                Output o;
+            if (work.kv_head < 0) break;
+            wait_full(control.barriers.q_full, q_at.stage, q_at.round);
+            fence_async_proxy();  // cp.async wrote Q as ordinary stores do
+            if (!RowMap(p, work).valid(consumer * 64)) {
+                me.skip(work.item);
+            } else if (num_kv_tiles(work.item) == 0) {
+                write_empty(RowMap(p, work), me.first_row(), me.lane());
+            } else {
+                Output o = {};
                 SoftmaxState state;
-                me.attend(work, q_at.stage, s, o, state);
-                if (OVERLAPPED) {
-                    const PlaceKv last_v = me.at;
-                    me.at.advance();
-                    begin_next();
-                    wgmma_wait<0>();
-                    pin(o[0]);
-                    me.release(last_v);
-                } else {
-                    wgmma_wait<0>();
-                    pin(o[0]);
-                    me.release(me.at);
-                    me.at.advance();
-                }
-                state.finish(o, p.logit_scale, work.item.num_splits == 1 ? p.v_scale : 1.0f);
+                me.attend(work, q_at.stage, o, state);
                 me.store(work, shared + q_at.stage * TILE_Q_BYTES, o, state,
                          &control.is_last_split[consumer]);
-            } else {
-                if (piece == Piece::EMPTY)
-                    write_empty(RowMap(p, work), me.first_row(), me.lane());
-                else
-                    me.skip(work.item);
-                if (OVERLAPPED) begin_next();
             }
             // Every thread for itself: it is its own reading that is over.
             mbarrier_arrive(shared_address(&control.barriers.q_empty[q_at.stage]));
             mbarrier_arrive(shared_address(&control.barriers.work_empty[at.stage]));
-            if (!OVERLAPPED) begin_next();
-            at.advance();
-            q_at.advance();
-            piece = next;
         }
     }
 }

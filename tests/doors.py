@@ -15,6 +15,8 @@ import pytest
 from formula import Formula
 from oracle import assert_close, assert_lse_close, attend, plain_same_dtype
 
+from cupaged import door
+
 Array = np.ndarray[Any, Any]
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -49,6 +51,20 @@ def real_masks() -> ModuleType:
     if isinstance(found, str):
         pytest.skip(found)
     return found
+
+
+def count_plans(monkeypatch: pytest.MonkeyPatch) -> list[door.Call]:
+    """Forget the plans that are kept; the list of what is planned from now on."""
+    door._plans.clear()
+    calls: list[door.Call] = []
+    plan = door._plan
+
+    def counted(call: door.Call, *rest: Any) -> door.Planned:
+        calls.append(call)
+        return plan(call, *rest)
+
+    monkeypatch.setattr(door, "_plan", counted)
+    return calls
 
 
 def given_as(x: Array, kind: str) -> Any:

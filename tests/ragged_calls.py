@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import oracle
+from small_call import ints
 
 import cupaged
 
@@ -31,8 +32,7 @@ def kv_rows(
 class Ragged:
     """A ragged wrapper that `batches.Batch.plan()` and `strategies.check_call()` can use.
 
-    They call it as they call one of paged caches, with arrays on the host: what the pages hold is
-    put one behind the other.
+    They call it as they call one of paged caches: what the pages hold is put one behind the other.
 
     Parameters
     ----------
@@ -42,8 +42,8 @@ class Ragged:
         Rows between requests, which are NaN; with 0, `plan()` is called.
     kv_layout, form : str
         Those of K and V.
-    asarray : callable
-        Takes K and V to where the backend works.
+    asarray, asnumpy : callable
+        Take arrays to where the backend works, and back.
     """
 
     def __init__(
@@ -53,9 +53,11 @@ class Ragged:
         kv_layout: str = "NHD",
         form: str = "contiguous",
         asarray: Callable[[Any], Any] = np.asarray,
+        asnumpy: Callable[[Any], Any] = np.asarray,
         backend: str = "reference",
     ) -> None:
-        self.pages_layout, self.gap, self.asarray = pages_layout, gap, asarray
+        self.pages_layout, self.gap = pages_layout, gap
+        self.asarray, self.asnumpy = asarray, asnumpy
         self.kv_layout, self.form = kv_layout, form
         self.wrapper = Wrapper(kv_layout=kv_layout, backend=backend)
 
@@ -80,6 +82,7 @@ class Ragged:
         if fixed_split_size is not None:
             options["fixed_split_size"] = fixed_split_size * page_size  # tokens
         heads = (num_qo_heads, num_kv_heads, head_dim_qk)
+        self.num_kv_heads = num_kv_heads
         if self.gap:
             self.wrapper._plan_rows(qo_indptr, self.begin[:-1], kv_len, *heads, **options)
         else:
@@ -97,11 +100,50 @@ class Ragged:
             )
         return found
 
+    def on_device(self, rows: np.ndarray) -> Any:
+        """K or V where the backend works, strides and all."""
+        storage = rows if rows.base is None else rows.base
+        while storage.base is not None:
+            storage = storage.base
+        begin = storage.shape[-1] - rows.shape[-1]
+        heads = slice(self.num_kv_heads)
+        own = (slice(None), heads) if self.kv_layout == "NHD" else (heads,)
+        return self.asarray(storage)[(*own, ..., slice(begin, None))]
+
     def run(self, q: Any, cache: Any, **options: Any) -> Any:
         pages = cache if isinstance(cache, tuple) else (cache[:, 0], cache[:, 1])
-        k, v = (self.asarray(self.rows(x)) for x in pages)
+        k, v = (self.on_device(self.rows(self.asnumpy(x))) for x in pages)
         return self.wrapper.run(q, k, v, **options)
 
     @property
     def schedule(self) -> Any:
         return self.wrapper._plan.schedule
+
+
+# A small legal call, to change one argument of
+
+
+def plan_arguments(**changes: Any) -> dict[str, Any]:
+    """Three requests: 3, 5 and 1 queries; 20, 16 and no keys."""
+    return {
+        "qo_indptr": ints(0, 3, 8, 9),
+        "kv_indptr": ints(0, 20, 36, 36),
+        "num_qo_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim_qk": 64,
+        **changes,
+    }
+
+
+def kv(*shape: int, dtype: Any = np.float16) -> np.ndarray:
+    return np.zeros(shape or (36, 2, 64), dtype)
+
+
+def run_arguments(**changes: Any) -> dict[str, Any]:
+    return {"q": np.zeros((9, 4, 64), np.float16), "k": kv(), "v": kv(), **changes}
+
+
+def planned(kv_layout: str = "NHD", **changes: Any) -> Wrapper:
+    wrapper = Wrapper(backend="reference", kv_layout=kv_layout)
+    wrapper.plan(**plan_arguments(**changes))
+    return wrapper

@@ -84,7 +84,20 @@ def test_torch_that_cant_be_shared() -> None:
         arrays.import_tensor(torch.eye(3).to_sparse(), "q")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_float8_of_torch_comes_as_itself(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    bits = np.arange(256, dtype=np.uint8)
+    tensor = torch.from_numpy(bits).view(getattr(torch, dtype))
+    array = arrays.import_tensor(tensor, "k cache")
+    assert array.dtype == DTYPES[dtype]
+    np.testing.assert_array_equal(array.view(np.uint8), bits)
+    assert arrays.import_tensor(torch.empty((0, 4), dtype=tensor.dtype), "q").shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"]
+)
 def test_jax_is_shared_and_read_only(dtype: str, rng: np.random.Generator) -> None:
     jax = pytest.importorskip("jax")
     values = rng.standard_normal((4, 6)).astype(DTYPES[dtype])

@@ -73,6 +73,35 @@ def test_three_levels(rng: np.random.Generator, causal: bool) -> None:
     cascades.check(cascade, *attention(cascade, causal=causal), causal=causal)
 
 
+@pytest.mark.parametrize("options", [{"logits_soft_cap": 2.0}, {"logits_soft_cap": 30.0}])
+@pytest.mark.parametrize("causal", [False, True])
+def test_soft_caps(rng: np.random.Generator, causal: bool, options: dict[str, Any]) -> None:
+    cascade = cascades.build(rng, [1, 5, 2], [[300], [1, 40, 7]], [[3]], group=4, magnitude=4.0)
+    results = attention(cascade, causal=causal, **options)
+    cascades.check(cascade, *results, causal=causal, **options)
+
+
+@pytest.mark.parametrize("kv_dtype", batches.FLOAT8_DTYPES)
+def test_float8(rng: np.random.Generator, kv_dtype: str) -> None:
+    cascade = cascades.build(rng, [1, 5, 2], [[300], [1, 40, 7]], [[3]], kv_dtype=kv_dtype)
+    cascades.check(cascade, *attention(cascade, kv_data_type=kv_dtype))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_left": 9},
+        {"pos_encoding_mode": "ALIBI"},
+        {"pos_encoding_mode": "ROPE_LLAMA", "rope_scale": 2.0, "rope_theta": 1e3},
+    ],
+)
+def test_one_level_has_what_needs_a_place_among_the_keys(
+    rng: np.random.Generator, options: dict[str, Any]
+) -> None:
+    cascade = cascades.build(rng, [3, 5, 2], [[30, 5, 70]], [], group=2)
+    cascades.check(cascade, *attention(cascade, causal=True, **options), causal=True, **options)
+
+
 @pytest.mark.parametrize(
     "kv_len", [[[0], [0, 0]], [[0], [5, 9]], [[20], [0, 0]], [[20], [0, 3]], [[0], [0, 3]]]
 )

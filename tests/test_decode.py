@@ -342,7 +342,18 @@ def test_run_may_name_the_planned_rows(rng: np.random.Generator) -> None:
     oracle.check_all(batch, DECODING, decoder.run(batch.q, batch.cache, q_len_per_req=None))
 
 
-@pytest.mark.parametrize("changes", [{"window_left": 3}, {"q_len_per_req": 0}, {"sm_scale": "x"}])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_data_type_of_8_bits_is_that_of_keys_and_values(
+    rng: np.random.Generator, dtype: str
+) -> None:
+    batch = build(rng, [40, 9], dtype=dtype, kv_dtype="float8_e4m3fn")
+    wrapper = Decode(backend="reference")
+    arguments = (*batch.index_arrays[1:], *batch.geometry)
+    wrapper.plan(*arguments, data_type="float8_e4m3fn", q_data_type=dtype)
+    oracle.check_all(batch, DECODING, wrapper.run(batch.q, batch.cache))
+
+
+@pytest.mark.parametrize("changes", [{"window_left": -3}, {"q_len_per_req": 0}, {"sm_scale": "x"}])
 def test_a_plan_that_fails_leaves_the_earlier_one(
     rng: np.random.Generator, changes: dict[str, Any]
 ) -> None:

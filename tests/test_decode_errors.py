@@ -119,6 +119,11 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         for name in ("q_data_type", "kv_data_type")
         for one, other in (("float16", "bfloat16"), (np.float16, ml_dtypes.bfloat16))
     ),
+    (
+        {"data_type": "float8_e5m2", "kv_data_type": "float8_e4m3fn"},
+        ValueError,
+        "data_type and kv_data_type exclude each other",
+    ),
     # Words
     ({"pos_encoding_mode": "ROPE"}, ValueError, f"pos_encoding_mode = 'ROPE', {MODES}"),
     ({"pos_encoding_mode": None}, TypeError, f"pos_encoding_mode is a NoneType, {MODES}"),

@@ -6,6 +6,7 @@ import gc
 import weakref
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from producers import BFLOAT16, Producer, rename_capsule
@@ -111,14 +112,51 @@ def test_capsule_refused_is_deleted_once(
     assert producer.deleted == 1
 
 
+@pytest.mark.parametrize("version", [None, (1, 0)])
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_a_capsule_of_float8_says_that_it_is_of_bytes(
+    name: str, version: tuple[int, int] | None
+) -> None:
+    """NumPy and CuPy read those, and not float8."""
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    bits = np.arange(256, dtype=np.uint8)
+    code = {"float8_e4m3fn": 10, "float8_e5m2": 12}[name]
+    producer = Producer(bits, code, 8, version=version, device=(2, 0))
+    capsule = producer.capsule()
+    assert dlpack.as_bytes(capsule) == dtype
+    assert dlpack.as_bytes(capsule) is None
+    producer = Producer(bits, code, 8, version=version)
+    capsule = producer.capsule()
+    assert dlpack.as_bytes(capsule) == dtype
+    array = dlpack.host_array(capsule)
+    assert array.dtype == np.uint8
+    np.testing.assert_array_equal(array, bits)
+    del array, capsule
+    gc.collect()
+    assert producer.deleted == 1
+
+
+@pytest.mark.parametrize(("code", "bits"), [(1, 8), (2, 16), (4, 16), (10, 16), (11, 8)])
+def test_other_capsules_stay_as_they_are(code: int, bits: int) -> None:
+    producer = Producer(np.zeros(4, f"u{bits // 8}"), code, bits)
+    capsule = producer.capsule()
+    assert dlpack.as_bytes(capsule) is None
+    if code < 10:
+        assert dlpack.host_array(capsule).itemsize == bits // 8
+    else:
+        with pytest.raises(NotImplementedError, match=rf"^DLPack dtype code {code}, {bits} bits"):
+            dlpack.host_array(capsule)
+
+
 def test_capsule_that_someone_else_consumed() -> None:
     producer = Producer(np.zeros(3, np.float32), 2, 32)
     capsule = producer.capsule()
     rename_capsule(capsule, b"used_dltensor")
     with pytest.raises(BufferError, match="is not an unconsumed DLPack capsule"):
         dlpack.host_array(capsule)
-    with pytest.raises(BufferError, match=r"^17 is not an unconsumed DLPack capsule$"):
-        dlpack.host_array(17)
+    for read in (dlpack.host_array, dlpack.as_bytes):
+        with pytest.raises(BufferError, match=r"^17 is not an unconsumed DLPack capsule$"):
+            read(17)
     del capsule
     gc.collect()
     assert producer.deleted == 0

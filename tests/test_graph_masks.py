@@ -1,17 +1,20 @@
-"""Masks and ragged keys under CUDA graphs: the constructors' buffers, and what plans write there."""
+"""Masks and ragged keys under CUDA graphs: the constructors' buffers, and what plans write."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import decode_calls
 import numpy as np
 import pytest
 from machine import Machine, install, ndarray
+from ragged_calls import Wrapper as Ragged
+from ragged_calls import plan_arguments as ragged_arguments
 from small_call import SPEAKS_DLPACK, Wrapper, check_error, ints, plan_arguments
 from test_graph_buffers import OWN, buffers_of
 from test_graph_plans import PLAN_FIELDS, record
-from test_ragged import Wrapper as Ragged
-from test_ragged import plan_arguments as ragged_arguments
+
+import cupaged
 
 #: Bits of each request's mask in the small call.
 SIZES = (60, 80, 0)
@@ -211,7 +214,7 @@ def test_under_a_graph_k_and_v_may_have_more_rows(machine: Machine) -> None:
     wrapper = Ragged(use_cuda_graph=True, max_batch_size=3)
     wrapper.plan(**ragged_arguments())
     q, k = np.zeros((9, 4, 64), np.float16), np.zeros((50, 2, 64), np.float16)
-    message = "k has 35 rows, expected at least 36 = the last row that is planned"
+    message = "k has 35 rows, expected at least 36 = kv_indptr[-1]"
     check_error(ValueError, message, wrapper.run, q, k[:35], k)
     message = "q is on the host, expected a CUDA device: use_cuda_graph=True"
     check_error(ValueError, message, wrapper.run, q, k, k)
@@ -267,10 +270,6 @@ def test_forward_changes_no_plan_of_a_graph(machine: Machine) -> None:
 
 
 def test_flashinfers_decoding_wrapper_for_graphs(machine: Machine) -> None:
-    import decode_calls
-
-    import cupaged
-
     buffers = list(buffers_of(decode_calls.Decode).values())
     workspace = ndarray(np.zeros(1 << 20, np.uint8))
     wrapper = cupaged.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(

@@ -8,7 +8,7 @@ from typing import Any
 import decode_calls
 import numpy as np
 import pytest
-import test_ragged
+import ragged_calls
 from decode_calls import Decode
 from small_call import (
     Wrapper,
@@ -124,19 +124,19 @@ def test_unserved_by_decodes_run(name: str, row: tuple[Any, str]) -> None:
 
 @pytest.mark.parametrize(("name", "row"), RAGGED_CONSTRUCTOR_UNSERVED.items())
 def test_unserved_by_the_ragged_constructor(name: str, row: tuple[Any, str]) -> None:
-    check_unserved(test_ragged.Wrapper.__name__, name, row, test_ragged.Wrapper)
+    check_unserved(ragged_calls.Wrapper.__name__, name, row, ragged_calls.Wrapper)
 
 
 @pytest.mark.parametrize(("name", "row"), RAGGED_PLAN_UNSERVED.items())
 def test_unserved_by_the_ragged_plan(name: str, row: tuple[Any, str]) -> None:
-    check_unserved("plan()", name, row, test_ragged.planned)
+    check_unserved("plan()", name, row, ragged_calls.planned)
 
 
 @pytest.mark.parametrize(("name", "row"), RAGGED_RUN_UNSERVED.items())
 def test_unserved_by_the_ragged_run(name: str, row: tuple[Any, str]) -> None:
     out = np.full((9, 4, 64), 7, np.float16)
-    arguments = test_ragged.run_arguments(out=out)
-    check_unserved("run()", name, row, test_ragged.planned().run, **arguments)
+    arguments = ragged_calls.run_arguments(out=out)
+    check_unserved("run()", name, row, ragged_calls.planned().run, **arguments)
     assert (out == 7).all()
 
 
@@ -181,12 +181,12 @@ def test_no_argument_of_the_ragged_wrapper_is_ignored() -> None:
         "__init__": {"float_workspace_buffer", "kv_layout", "backend", "use_cuda_graph"}
         | (MASK_BUFFERS | {"qo_indptr_buf", "kv_indptr_buf", "max_batch_size"})
         | set(RAGGED_CONSTRUCTOR_UNSERVED),
-        "plan": set(test_ragged.plan_arguments())
+        "plan": set(ragged_calls.plan_arguments())
         | (PLANNING | FEATURES | MASKS | {"head_dim_vo", "causal"})
         | set(RAGGED_PLAN_UNSERVED),
         "run": RUNNING | {"k", "v"} | set(RAGGED_RUN_UNSERVED),
     }
-    check_known(test_ragged.Wrapper, served)
+    check_known(ragged_calls.Wrapper, served)
 
 
 def test_what_is_off_in_flashinfer_is_served() -> None:
@@ -203,8 +203,8 @@ def test_what_is_off_in_flashinfer_is_served() -> None:
         non_blocking=False,
     )
     wrapper.run(**run_arguments(window_left=-1, enable_pdl=False, lse_layout="NH", sinks=None))
-    ragged = test_ragged.planned(logits_soft_cap=0.0, use_fp16_qk_reduction=False, v_indptr=None)
-    ragged.run(**test_ragged.run_arguments(o_scale=1.0, enable_pdl=False, kv_cache_sf=None))
+    ragged = ragged_calls.planned(logits_soft_cap=0.0, use_fp16_qk_reduction=False, v_indptr=None)
+    ragged.run(**ragged_calls.run_arguments(o_scale=1.0, enable_pdl=False, kv_cache_sf=None))
 
 
 def test_what_is_off_in_flashinfers_decode_is_served() -> None:

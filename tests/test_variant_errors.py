@@ -96,9 +96,7 @@ FEATURE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), FEATURE_ERRORS)
-def test_errors_of_features(
-    changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_errors_of_features(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     wrapper = Wrapper(backend="reference")
     check_error(error, message, wrapper.plan, **plan_arguments(**changes))
     check_error(RuntimeError, "run() before plan()", wrapper.run, **run_arguments())
