@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
     )
     from cupaged.errors import BackendUnavailableError, CupagedWarning
+    from cupaged.fast_plan import fast_decode_plan
     from cupaged.masks import packbits, segment_packbits
     from cupaged.merging import merge_state, merge_state_in_place, merge_states
     from cupaged.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
@@ -19,19 +20,27 @@ if TYPE_CHECKING:
     from cupaged.paged_cache import PagedKVCache
     from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
     from cupaged.ragged import BatchPrefillWithRaggedKVCacheWrapper
+    from cupaged.shared_prefix import (
+        BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
+        BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
+    )
     from cupaged.single import (
         single_decode_with_kv_cache,
         single_prefill_with_kv_cache,
         single_prefill_with_kv_cache_return_lse,
     )
+    from cupaged.sink import BatchAttentionWithAttentionSinkWrapper
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "BatchAttentionWithAttentionSinkWrapper",
     "BatchDecodeWithPagedKVCacheWrapper",
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
+    "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "CupagedWarning",
     "MultiLevelCascadeAttentionWrapper",
@@ -39,6 +48,7 @@ __all__ = [
     "PagedKVCache",
     "__version__",
     "append_paged_kv_cache",
+    "fast_decode_plan",
     "get_batch_indices_positions",
     "get_seq_lens",
     "merge_state",
@@ -54,15 +64,19 @@ __all__ = [
 #: Public name → its module, imported when the name is first used: `import cupaged` costs nothing.
 _HOMES = {
     "BackendUnavailableError": "cupaged.errors",
+    "BatchAttentionWithAttentionSinkWrapper": "cupaged.sink",
     "BatchDecodeWithPagedKVCacheWrapper": "cupaged.decode",
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper": "cupaged.shared_prefix",
     "BatchPrefillWithPagedKVCacheWrapper": "cupaged.prefill",
     "BatchPrefillWithRaggedKVCacheWrapper": "cupaged.ragged",
+    "BatchPrefillWithSharedPrefixPagedKVCacheWrapper": "cupaged.shared_prefix",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "cupaged.decode",
     "CupagedWarning": "cupaged.errors",
     "MultiLevelCascadeAttentionWrapper": "cupaged.cascade",
     "OutOfPagesError": "cupaged.page_pool",
     "PagedKVCache": "cupaged.paged_cache",
     "append_paged_kv_cache": "cupaged.page",
+    "fast_decode_plan": "cupaged.fast_plan",
     "get_batch_indices_positions": "cupaged.page",
     "get_seq_lens": "cupaged.page",
     "merge_state": "cupaged.merging",

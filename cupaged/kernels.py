@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from cupaged import source, tiles
 from cupaged.errors import BackendUnavailableError
 from cupaged.kernel_spec import Kernel, KernelConfig
-from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, Needs
+from cupaged.spec import FLOAT8_DTYPES, SERVED_DTYPES, SERVED_HEAD_DIMS, Needs, Variant
+from cupaged.tiles import TYPICAL_PAGE_SIZES
 
 if TYPE_CHECKING:
     from tempfile import TemporaryDirectory
@@ -36,14 +37,31 @@ _loaded: dict[tuple[Kernel, int], tuple[Any, int]] = {}
 atexit.register(_loaded.clear)
 
 
+#: Variants that models have: each alone, those that go together, and all at once.
+_VARIANTS = (
+    *(Variant(**{name: True}) for name in Variant._fields),
+    Variant(window=True, soft_cap=True),
+    Variant(window=True, custom_mask=True),
+    Variant(window=True, soft_cap=True, custom_mask=True, alibi=True),
+)
+
+
 def configurations(arch: int) -> Iterator[KernelConfig]:
-    """Every kernel configuration that a GPU of compute capability `arch` may be asked to run."""
-    choices = (SERVED_DTYPES, SERVED_HEAD_DIMS, tiles.TYPICAL_PAGE_SIZES, tiles.SHAPES)
-    found = (
-        tiles.kernel_config(arch, Needs(dtype, dtype, *head_dims, page_size), shape)
-        for dtype, head_dims, page_size, shape in itertools.product(*choices)
-    )
-    yield from dict.fromkeys(found)
+    """The kernel configurations that users of a GPU of compute capability `arch` will meet.
+
+    Every plain one, every one for 8-bit K and V in pages of 16, and variants of heads of 128. The
+    others, pages of other sizes and variants in other company, are compiled when asked for as all
+    are.
+    """
+    found: dict[KernelConfig, None] = {}
+    for dtype, head_dims in itertools.product(SERVED_DTYPES, SERVED_HEAD_DIMS):
+        needs = [Needs(dtype, dtype, *head_dims, page_size) for page_size in TYPICAL_PAGE_SIZES]
+        needs += [Needs(dtype, kv_dtype, *head_dims, 16) for kv_dtype in FLOAT8_DTYPES]
+        if head_dims == (128, 128):
+            needs += [Needs(dtype, dtype, *head_dims, 16, variant) for variant in _VARIANTS]
+        for each, shape in itertools.product(needs, tiles.SHAPES):
+            found[tiles.kernel_config(arch, each, shape)] = None
+    yield from found
 
 
 def target(arch: int) -> str:

@@ -7,7 +7,8 @@ from functools import cache
 from typing import Literal
 
 from cupaged.kernel_spec import KernelConfig
-from cupaged.spec import FLOAT8_DTYPES, RAGGED, DeviceModel, Needs, Variant
+from cupaged.spec import FLOAT8_DTYPES, RAGGED, DeviceModel, Needs
+from cupaged.support import serves
 
 Shape = Literal["long", "brief", "short"]
 SHAPES: tuple[Shape, ...] = ("long", "brief", "short")
@@ -99,20 +100,13 @@ def tile_class(arch: int) -> str:
     return _CLASS.get(arch, "small")
 
 
-def _served_by_sm90(needs: Needs) -> bool:
-    """Whether the sm_90 family has a kernel for it."""
-    if needs.kv_dtype != needs.dtype or needs.head_dim_qk not in (64, 128, 256):
-        return False
-    return needs.variant._replace(window=False, soft_cap=False) == Variant()
-
-
 def _tile(arch: int, needs: Needs, shape: Shape) -> _Tile:
     head_dims = (needs.head_dim_qk, needs.head_dim_vo)
     head_dims = _PADDED.get(head_dims, head_dims)
     classes = [tile_class(arch)]
     if classes == ["sm90"]:
         # The sm_80 family, with as much shared memory, has what the other one lacks.
-        classes = ["sm90", "large"] if _served_by_sm90(needs) else ["large"]
+        classes = ["sm90", "large"] if serves("prefill_sm90", needs) else ["large"]
     shapes: list[Shape] = [shape] if shape == "short" else [shape, "long"]
     for candidate in shapes:
         for name in classes:

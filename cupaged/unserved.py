@@ -62,6 +62,9 @@ PREFILL_RUN = _arguments(
     uses_spcompress=(None, False),
 )
 FORWARD = _arguments("forward()", use_fp16_qk_reduction=(False,))
+SINK_CONSTRUCTOR = _arguments(
+    "BatchAttentionWithAttentionSinkWrapper", use_fp16_qk_reduction=(False,)
+)
 RAGGED_CONSTRUCTOR = _arguments("BatchPrefillWithRaggedKVCacheWrapper", **_JIT)
 RAGGED_PLAN = _arguments(
     "plan()",

@@ -54,7 +54,7 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
     Parameters
     ----------
     paged_kv_cache : tuple of array, or array
-        `(k, v)`, or both stacked.
+        `(k, v)`, or both stacked. Pages of one token may lack the axis of the tokens.
     spec : AttentionSpec
 
     Returns
@@ -64,6 +64,8 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
     num_pages : int
     """
     head_dim, head_dim_vo = spec.head_dim_qk, spec.head_dim_vo
+    if spec.page_size == 1:
+        paged_kv_cache = _with_token_axis(paged_kv_cache, spec.kv_layout)
     if isinstance(paged_kv_cache, tuple):
         k, v = paged_kv_cache
         shape, v_shape = k.shape, v.shape
@@ -85,6 +87,17 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
         k, v = paged_kv_cache[:, 0], paged_kv_cache[:, 1]
     k = keys_or_values(k, spec, "k cache")
     return k, keys_or_values(v, spec, "v cache"), shape[0]
+
+
+def _with_token_axis(paged_kv_cache: Any, kv_layout: str) -> Any:
+    """Pages of one token, as `cache` takes them, with an axis for it."""
+    place = (
+        (..., None, slice(None), slice(None)) if kv_layout == "NHD" else (..., None, slice(None))
+    )
+    if not isinstance(paged_kv_cache, tuple):
+        return paged_kv_cache[place] if paged_kv_cache.ndim == 4 else paged_kv_cache
+    k, v = paged_kv_cache
+    return (k[place] if k.ndim == 3 else k), (v[place] if v.ndim == 3 else v)
 
 
 def keys_or_values(array: Any, spec: AttentionSpec, name: str) -> Any:

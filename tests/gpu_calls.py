@@ -85,7 +85,10 @@ def run(wrapper: Wrapper, batch: batches.Batch, formula: Formula) -> Results:
     on_gpu = batch.on(to_gpu)
     out = to_gpu(batch.poisoned_out().storage)
     lse = to_gpu(batch.poisoned_lse().storage)
-    wrapper.run(on_gpu.q, on_gpu.cache, out=out, lse=lse, **formula.run_options)
+    options = formula.run_options
+    if formula.sinks is not None:
+        options["sinks"] = to_gpu(formula.sinks)
+    wrapper.run(on_gpu.q, on_gpu.cache, out=out, lse=lse, **options)
     return to_host(out), to_host(lse)
 
 

@@ -31,8 +31,19 @@ from cupaged.spec import plain_needs
 
 Case = tuple[int, KernelConfig]
 
+#: Every class of tiles and every kind of instructions; of the others, what most will meet.
+_WHOLE = (80, 90, 120)
+
+
+def _is_plain(config: KernelConfig) -> bool:
+    return config.kv_dtype == config.dtype and not any(config.variant)
+
+
 CASES: list[Case] = [
-    (arch, config) for arch in SM_LIMITS for config in kernels.configurations(arch)
+    (arch, config)
+    for arch in SM_LIMITS
+    for config in kernels.configurations(arch)
+    if arch in _WHOLE or _is_plain(config) or config.dtype == "float16"
 ]
 
 

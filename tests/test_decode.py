@@ -353,7 +353,7 @@ def test_a_data_type_of_8_bits_is_that_of_keys_and_values(
     oracle.check_all(batch, DECODING, wrapper.run(batch.q, batch.cache))
 
 
-@pytest.mark.parametrize("changes", [{"window_left": -3}, {"q_len_per_req": 0}, {"sm_scale": "x"}])
+@pytest.mark.parametrize("changes", [{"window_left": -2}, {"q_len_per_req": 0}, {"sm_scale": "x"}])
 def test_a_plan_that_fails_leaves_the_earlier_one(
     rng: np.random.Generator, changes: dict[str, Any]
 ) -> None:

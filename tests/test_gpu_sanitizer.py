@@ -9,6 +9,7 @@ allocated to the byte, so that a read or a store past them is one outside of an 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import batches
@@ -70,6 +71,28 @@ def test_a_kernel_with_and_without_splits(
         oracle.check_all(batch, formula, to_host(out), to_host(lse))
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("shape", LENGTHS)
+def test_variants_together(
+    cp: Any, rng: np.random.Generator, family: str, shape: str, kv_dtype: str | None
+) -> None:
+    qo_len, kv_len = LENGTHS[shape]
+    batch = batches.build(
+        rng, qo_len, kv_len, group=3, num_kv_heads=2, head_dim=128, kv_dtype=kv_dtype, spare_pages=0
+    )
+    masks = tuple(rng.random(lengths) < 0.7 for lengths in zip(qo_len, kv_len, strict=True))
+    sinks = rng.standard_normal(6).astype(np.float32)
+    capped = Formula(causal=True, window_left=50, logits_soft_cap=5.0, sinks=sinks)
+    all_on = replace(capped, custom_mask=masks, pos_encoding_mode="ALIBI")
+    rotated = replace(capped, logits_soft_cap=None, pos_encoding_mode="ROPE_LLAMA")
+    for formula in (capped, all_on, *(() if kv_dtype else (rotated,))):
+        for options in ({"disable_split_kv": True}, {"fixed_split_size": 3}):
+            wrapper = planned(batch, formula, **options)
+            on_gpu = batch.on(to_gpu)
+            out, lse = wrapper.run(on_gpu.q, on_gpu.cache, return_lse=True, sinks=to_gpu(sinks))
+            oracle.check_all(batch, formula, to_host(out), to_host(lse))
+
+
 @pytest.mark.parametrize("page_size", [16, 5])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_few_keys(
@@ -81,7 +104,9 @@ def test_few_keys(
     )  # fmt: skip
     wrapper = planned(batch, Formula(causal=True))
     (launch,) = schedule_of(wrapper).launches
-    assert launch.config.cta_tile_kv == (64 if family == "prefill_sm90" else 32)
+    assert (launch.config.cta_tile_q, launch.config.cta_tile_kv) == (
+        (128, 64) if family == "prefill_sm90" else (128, 32)
+    )
     on_gpu = batch.on(to_gpu)
     out, lse = wrapper.run(on_gpu.q, on_gpu.cache, return_lse=True)
     oracle.check_all(batch, Formula(causal=True), to_host(out), to_host(lse))

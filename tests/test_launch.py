@@ -12,15 +12,17 @@ import pytest
 from cupaged import cuda, tensor_maps, tiles
 from cupaged.device_plan import ReadyLaunch
 from cupaged.kernel_spec import PARAMS_DTYPE
-from cupaged.spec import plain_needs
+from cupaged.spec import AttentionSpec, plain_needs
+from cupaged.transform import Transform
 
 PAGES, PAGE_SIZE, HEADS, DIM = 5, 16, 2, 64
 FIELDS = PARAMS_DTYPE.names
 #: What a plan decides, between what a call decides, and numbers to know them by.
-PLAN_FIELDS = FIELDS[FIELDS.index("items") : FIELDS.index("negate_logits")]
+PLAN_FIELDS = FIELDS[FIELDS.index("items") : FIELDS.index("sinks")]
 PLANNED = tuple(range(101, 101 + len(PLAN_FIELDS)))
 SIZE = tensor_maps.TENSOR_MAP_BYTES
 MAPS = b"k" * SIZE + b"v" * SIZE
+SPEC = AttentionSpec(4, HEADS, DIM, PAGE_SIZE, False, 0.125, "float16", "NHD")
 
 
 class Array:
@@ -92,6 +94,9 @@ def plan_of(box_rows: int = 16, heads_first: bool = False) -> Any:
         stream=SimpleNamespace(ptr=7),
         page_shape=(PAGE_SIZE, HEADS, DIM),
         heads_first=heads_first,
+        ragged=False,
+        kv_itemsize=2,
+        transform=Transform(SPEC),
         launches=(ReadyLaunch(33, config, 3, 128, 4096, box_rows, PLANNED, []),),
         without_maps=lambda other, recorded: 44 if other is config and not recorded else None,
     )
@@ -118,7 +123,7 @@ def test_the_kernel_finds_every_parameter(
     assert (launch.function, launch.shared, launch.stream) == (33, 4096, 7)
     assert launch.grid == (3, 1, 1, 128, 1, 1)
     assert launch.maps == MAPS
-    params = {name: launch.params[name].item() for name in FIELDS}
+    params = {name: launch.params[name].tolist() for name in FIELDS}
     token, head = (DIM, PAGE_SIZE * DIM) if heads_first else (HEADS * DIM, DIM)
     wide = DIM + 8
     assert params == {
@@ -136,8 +141,12 @@ def test_the_kernel_finds_every_parameter(
         "lse_stride_row": 4,
         "lse_stride_head": 1,
         **dict(zip(PLAN_FIELDS, PLANNED, strict=True)),
+        "sinks": 0,
         "negate_logits": 1,
         "logit_scale": 0.5,
+        "inner_scale": 0,
+        "cap_square": 0,
+        "cap_ratio": [0, 0, 0],
         "v_scale": 3.0,
         "lse_scale": 0.25,
     }

@@ -18,6 +18,7 @@ import oracle
 import pytest
 
 import cupaged
+from cupaged import support
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -185,7 +186,7 @@ def test_the_jax_example_on_a_gpu() -> None:
 
 def unserved_calls() -> list[str]:
     text = README.read_text(encoding="utf-8")
-    _, _, table = text.partition("| not served yet | such as |\n|---|---|\n")
+    _, _, table = text.partition("| not served | such as |\n|---|---|\n")
     rows = table.partition("\n\n")[0].splitlines()
     assert rows
     return [call for row in rows for call in re.findall("`(.+?)`", row.split("|")[2])]
@@ -198,12 +199,14 @@ def test_what_is_not_served_says_so(call: str) -> None:
     names |= {
         "plan": partial(attention.plan, **names["batch"]),
         "run": attention.run,
-        "mask": np.ones(5 * 70 + 33 + 40 * 40, np.bool_),
-        "sinks": np.zeros(32, np.float32),
         "BatchPrefillWithPagedKVCacheWrapper": cupaged.BatchPrefillWithPagedKVCacheWrapper,
     }
     with pytest.raises(NotImplementedError):
         eval(call, names)
+
+
+def test_the_table_of_what_is_served_is_that_of_dispatch() -> None:
+    assert support.table() in README.read_text(encoding="utf-8")
 
 
 def message(call: Any, *args: Any, **kwargs: Any) -> str:
