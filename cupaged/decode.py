@@ -74,7 +74,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         max_num_pages: int | None = None,
     ) -> None:
         unserved.refuse(unserved.DECODE_CONSTRUCTOR, (jit_args,))
-        validate.flag(use_tensor_cores, "use_tensor_cores")
+        self._use_tensor_cores = validate.flag(use_tensor_cores, "use_tensor_cores")
         buffers = {
             "paged_kv_indptr_buffer": paged_kv_indptr_buffer,
             "paged_kv_indices_buffer": paged_kv_indices_buffer,
@@ -87,6 +87,11 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
             graph_buffers(use_cuda_graph, buffers, max_batch_size, max_num_pages),
         )
         self._q_len_per_req = 1
+
+    @property
+    def use_tensor_cores(self) -> bool:
+        """What the constructor was told, for FlashInfer's callers."""
+        return self._use_tensor_cores
 
     def plan(
         self,

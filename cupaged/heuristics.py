@@ -139,7 +139,7 @@ def is_brief(kv_len: IntArray, num_rows: int, config: KernelConfig, num_slots: i
     num_rows : int
         Packed query rows of all requests.
     config : KernelConfig
-        Of the long shape.
+        Of the brief shape.
     num_slots : int
         Items that run at once.
     """

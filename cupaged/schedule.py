@@ -233,7 +233,8 @@ def _members(
     )
     if "long" in members and not by_request:
         num_items = num_slots // spec.num_kv_heads
-        if heuristics.is_brief(lengths.kv_len, num_rows, config, num_items):
+        brief = kernel_config(device.arch, spec.needs, "brief")
+        if heuristics.is_brief(lengths.kv_len, num_rows, brief, num_items):
             members["brief"] = members.pop("long")
     return members
 

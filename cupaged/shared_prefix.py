@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupaged.decode import BatchDecodeWithPagedKVCacheWrapper
-from cupaged.merging import merge_state_in_place
+from cupaged.merging import merge_state
 from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
 from cupaged.single import single_prefill_with_kv_cache
 
@@ -83,7 +83,7 @@ first two axes swapped
         shared = single_prefill_with_kv_cache(
             q, k_shared, v_shared, kv_layout=layout, return_lse=True
         )
-        return _merged(shared, unique)
+        return merge_state(*shared, *unique)[0]
 
 
 class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
@@ -186,11 +186,4 @@ first two axes swapped
         shared = single_prefill_with_kv_cache(
             *(q, k_shared, v_shared), kv_layout=layout, sm_scale=sm_scale, return_lse=True
         )
-        return _merged(shared, unique)
-
-
-def _merged(shared: tuple[Any, Any], unique: tuple[Any, Any]) -> Any:
-    """The output of two states, in the memory of the first."""
-    out, lse = shared
-    merge_state_in_place(out, lse, *unique)
-    return out
+        return merge_state(*shared, *unique)[0]

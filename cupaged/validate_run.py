@@ -91,9 +91,8 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
 
 def _with_token_axis(paged_kv_cache: Any, kv_layout: str) -> Any:
     """Pages of one token, as `cache` takes them, with an axis for it."""
-    place = (
-        (..., None, slice(None), slice(None)) if kv_layout == "NHD" else (..., None, slice(None))
-    )
+    behind = (slice(None),) * (2 if kv_layout == "NHD" else 1)
+    place = (..., None, *behind)
     if not isinstance(paged_kv_cache, tuple):
         return paged_kv_cache[place] if paged_kv_cache.ndim == 4 else paged_kv_cache
     k, v = paged_kv_cache

@@ -266,7 +266,7 @@ def test_sums_beyond_31_bits() -> None:
 
 
 def test_ten_thousand_items() -> None:
-    text = explain(build([1280] * 500, [4096] * 500, heads=(16, 16)))
+    text = explain(build([1920] * 500, [4096] * 500, heads=(16, 16)))
     (section,) = sections(text)
     assert numbers(section["items"])[:2] == [5000, 5000]
     assert numbers(section["items"])[-1] == 80000

@@ -241,15 +241,6 @@ def test_export_to_jax_is_not_a_copy(
     del poison
 
 
-def test_float8_of_jax_is_not_served(jax: Any) -> None:
-    x = on_device(jax, np.ones(4, ml_dtypes.float8_e4m3fn))
-    with pytest.raises(NotImplementedError) as raised:
-        arrays.import_tensor(x, "k cache")
-    assert str(raised.value).startswith(
-        "k cache has dtype float8_e4m3fn, which can't be read through DLPack: "
-    )
-
-
 def test_writable_refuses_jax(jax: Any) -> None:
     with pytest.raises(TypeError, match=r"^out is a JAX array, which is immutable: omit out and "):
         arrays.writable(on_device(jax, np.ones(4)), "out")

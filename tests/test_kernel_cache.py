@@ -17,7 +17,7 @@ from stand_ins import FakeModule, FakeNvrtc, install
 from cupaged import kernels, source, tiles
 from cupaged.errors import BackendUnavailableError
 from cupaged.kernel_spec import KernelConfig
-from cupaged.spec import plain_needs
+from cupaged.spec import Variant, plain_needs
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
@@ -63,8 +63,13 @@ def test_every_field_of_a_configuration_is_in_its_key(nvrtc: FakeNvrtc) -> None:
         if field.name == "family":
             continue
         value = getattr(CONFIG, field.name)
-        if field.name == "dtype":
-            changed: Any = "bfloat16"
+        if field.name == "variant":
+            for name in Variant._fields:
+                other = replace(CONFIG, variant=Variant(**{name: True}))
+                assert kernels._key(other, 90) != before, name
+            continue
+        if field.name in ("dtype", "kv_dtype"):
+            changed: Any = {"dtype": "bfloat16", "kv_dtype": "float8_e5m2"}[field.name]
         else:
             changed = (not value) if isinstance(value, bool) else value * 2
         other = replace(CONFIG, **{field.name: changed})
@@ -258,7 +263,7 @@ def test_another_device_loads_the_compiled_kernel(monkeypatch: pytest.MonkeyPatc
     assert len(FakeModule.loaded) == 2
 
 
-RACE_IMPORTS = "from cupaged import kernels, tiles"
+RACE_IMPORTS = "from cupaged import kernels, tiles; from cupaged.spec import plain_needs"
 RACE = """
 config = tiles.kernel_config(90, plain_needs("float16", 64, 16), "short")
 print(kernels.cubin_path(config, 90), flush=True)

@@ -303,7 +303,7 @@ def test_a_lone_long_request_fills_the_device(kv_len: int) -> None:
 def test_a_part_filled_last_wave_is_filled_up() -> None:
     """94 tiles for 16 heads are 11.4 waves of 132: the last one's are cut, and no others."""
     spec = spec_of(group=1, num_kv_heads=16, causal=False)
-    plan = build(spec, [(94 * 128, 12_000)])
+    plan = build(spec, [(94 * 192, 12_000)])
     (launch,) = plan.launches
     check_coverage(plan)
     assert len(launch.items) == 94 + launch.num_merges
@@ -313,8 +313,8 @@ def test_a_part_filled_last_wave_is_filled_up() -> None:
     )
     assert saved > 0.03 * predicted_finish(unsplit(launch), spec, HOST_MODEL)
     # Whole waves, and items whose shorter ones fill the last one up, stay as they are.
-    whole = build(spec, [(132 * 128, 12_000)])
-    causal = build(replace(spec, causal=True), [(94 * 128, 94 * 128)])
+    whole = build(spec, [(132 * 192, 12_000)])
+    causal = build(replace(spec, causal=True), [(94 * 192, 94 * 192)])
     assert [launch.num_merges for launch in (*whole.launches, *causal.launches)] == [0, 0]
 
 
@@ -391,13 +391,13 @@ def test_a_small_batch_of_few_keys_takes_the_brief_shape() -> None:
     device = DeviceModel(num_sms=12, arch=90)
     spec = spec_of(num_kv_heads=2)
 
-    def cta_tile_kv(batch: Lengths, **options: Any) -> int:
+    def cta_tile_q(batch: Lengths, **options: Any) -> int:
         (launch,) = build(spec, batch, device, **options).launches
-        return launch.config.cta_tile_kv
+        return launch.config.cta_tile_q
 
     few = [(40, 256), (100, 3), (127, 200), (33, 0)]
-    assert cta_tile_kv(few) == 64
-    assert cta_tile_kv([*few[:3], (33, 257)]) == 128
-    assert cta_tile_kv([*few, (33, 1)]) == 128
-    assert cta_tile_kv(few, disable_split_kv=True) == 128
-    assert cta_tile_kv(few, fixed_split_size=100) == 128
+    assert cta_tile_q(few) == 128
+    assert cta_tile_q([*few[:3], (33, 257)]) == 192
+    assert cta_tile_q([*few, (33, 1)]) == 192
+    assert cta_tile_q(few, disable_split_kv=True) == 192
+    assert cta_tile_q(few, fixed_split_size=100) == 192

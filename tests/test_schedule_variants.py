@@ -333,7 +333,7 @@ def test_splits_and_order_are_of_the_windows_keys() -> None:
 def test_a_part_filled_last_wave_is_filled_up() -> None:
     """94 tiles of equal windows for 16 heads, 11.4 waves of 132: the last one's are cut alone."""
     spec = replace(spec_of(num_kv_heads=16, causal=True), window_left=12_000)
-    (launch,) = build(spec, [(94 * 128, 94 * 128 + 12_000)]).launches
+    (launch,) = build(spec, [(94 * 192, 94 * 192 + 12_000)]).launches
     assert launch.num_merges == 94 - 11 * 132 // 16
     assert launch.num_partials == 2 * launch.num_merges
     assert len(launch.items) == 94 + launch.num_merges

@@ -85,8 +85,8 @@ def python_of(environment: Path) -> Path:
 
 def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     expected = {
-        f"cupaged/{path.name}": path.read_bytes()
-        for path in (ROOT / "cupaged").iterdir()
+        path.relative_to(ROOT).as_posix(): path.read_bytes()
+        for path in (ROOT / "cupaged").rglob("*")
         if path.suffix in (".py", ".typed")
     }
     expected |= {
