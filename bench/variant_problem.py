@@ -172,7 +172,7 @@ def values_of(xp: Any, cache: Any, rows: Any, kv_dtype: str) -> Any:
     if kv_dtype not in FLOAT8:
         return widen(xp, heads.view(np.uint16)[rows], kv_dtype)
     every = np.arange(256, dtype=np.uint8).view(FLOAT8[kv_dtype]).astype(np.float64)
-    return xp.asarray(every)[heads[rows]]
+    return xp.asarray(every)[heads[rows].astype(np.int32)]
 
 
 def attend(

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def blocks(language: str) -> list[str]:
 
 
 #: The examples by what they import first: numpy, on which the others build, cupy, torch, jax.numpy;
-#: cupaged, the life of requests; torch.cuda, a graph.
+#: cupaged, the life of requests; torch.cuda, a graph; cupaged.flash_attn, the doors.
 EXAMPLES = {block.split()[1]: block for block in blocks("python")}
 
 
@@ -86,7 +87,8 @@ def check_jax(names: Names, platform: str) -> None:
 
 
 def test_every_example_is_run_here() -> None:
-    assert list(EXAMPLES) == ["numpy", "cupy", "torch", "jax.numpy", "cupaged", "torch.cuda"]
+    first = ["numpy", "cupy", "torch", "jax.numpy", "cupaged", "torch.cuda"]
+    assert list(EXAMPLES) == [*first, "cupaged.flash_attn"]
 
 
 def test_the_numpy_example() -> None:
@@ -182,6 +184,27 @@ def test_the_jax_example_on_a_gpu() -> None:
     if jax.default_backend() != "gpu":
         pytest.skip("JAX without CUDA")
     check_jax(run_example("jax.numpy"), "gpu")
+
+
+def test_the_doors_example() -> None:
+    names = run_example("cupaged.flash_attn")
+    q, formula = names["q"], oracle.Formula(causal=True)
+    for r, (qo, kv) in enumerate(zip(*map(pairwise, names["lengths"]), strict=True)):
+        rows, keys = slice(*qo), slice(*kv)
+        k, v = names["k"][keys], names["v"][keys]
+        expected, _ = oracle.attend(q[rows], k, v, formula)
+        plain = oracle.plain_same_dtype(q[rows], k, v, formula)
+        seen = np.ones(len(expected), np.bool_)
+        for name, out in (("ragged", names["from_ragged"]), ("bias", names["from_bias"][0])):
+            oracle.assert_close(out[rows], expected, plain, seen, f"{name}, request {r}")
+    for r, keys in enumerate((70, 33)):
+        k, v = (
+            oracle.gather(names["cache"][:, i], "NHD", names["table"][r], keys, 16) for i in (0, 1)
+        )
+        expected, _ = oracle.attend(names["newest"][r], k, v, formula)
+        plain = oracle.plain_same_dtype(names["newest"][r], k, v, formula)
+        seen = np.ones(1, np.bool_)
+        oracle.assert_close(names["from_pages"][r], expected, plain, seen, f"pages, request {r}")
 
 
 def unserved_calls() -> list[str]:
