@@ -88,6 +88,10 @@ _TILES: dict[tuple[str, tuple[int, int], Shape], _Tile] = {
 #: registers.
 _CAPPED = {("sm90", _D64, "long"): _Tile(128, 128, 8, 1, 8, 1, "prefill_sm90", 2)}
 
+#: In the place of sm90's "long" at head_dim 128 where keys are copied row by row, which takes the
+#: longer the smaller the tile is.
+_ROW_BY_ROW = _Tile(192, 80, 12, 1, 6, 1, "prefill_sm90", 2)
+
 #: Page sizes that between them ask for every configuration there is.
 TYPICAL_PAGE_SIZES = (16, 8, 1)
 
@@ -124,7 +128,19 @@ def _tile(arch: int, needs: Needs, shape: Shape) -> _Tile:
 def kernel_config(arch: int, needs: Needs, shape: Shape) -> KernelConfig:
     """The kernel that serves a shape of query tile on compute capability `arch`."""
     tile = _tile(arch, needs, shape)
-    config = KernelConfig(
+    config = _config(tile, needs)
+    aligned = needs.page_size % config.page_unit == 0
+    if needs.page_size == RAGGED and config.producer_warps:
+        aligned = False  # a box would end where the last request does not
+    if aligned:
+        return config
+    if tile is _TILES["sm90", _D128, "long"] and not needs.variant.soft_cap:
+        config = _config(_ROW_BY_ROW, needs)
+    return replace(config, page_aligned=False)
+
+
+def _config(tile: _Tile, needs: Needs) -> KernelConfig:
+    return KernelConfig(
         family=tile.family,
         dtype=needs.dtype,
         kv_dtype=needs.kv_dtype,
@@ -140,10 +156,6 @@ def kernel_config(arch: int, needs: Needs, shape: Shape) -> KernelConfig:
         ctas_per_sm=tile.ctas_per_sm,
         page_aligned=True,
     )
-    aligned = needs.page_size % config.page_unit == 0
-    if needs.page_size == RAGGED and config.producer_warps:
-        aligned = False  # a box would end where the last request does not
-    return config if aligned else replace(config, page_aligned=False)
 
 
 def slots(config: KernelConfig, device: DeviceModel) -> int:

@@ -140,17 +140,24 @@ struct Consumer {
         at.advance();
     }
 
-    // Goes through the tiles of a piece of work none of whose rows are this warpgroup's.
+    // Passes a tile of K or V by, and the turn of a tile that this warpgroup has no use for.
+    __device__ __forceinline__ void pass_by() {
+        wait_tile(at);
+        release();
+    }
+    __device__ __forceinline__ void pass_turn() const {
+        turn.take();
+        turn.pass();
+    }
+
+    // Goes through the tiles of a piece of work none of whose rows are this warpgroup's, or of
+    // which they see no key.
     __device__ __forceinline__ void skip(const Item& item) {
 #pragma unroll 1
         for (int tiles = num_kv_tiles(item); tiles > 0; --tiles) {
-            turn.take();
-            turn.pass();
-#pragma unroll 1
-            for (int i = 0; i < 2; ++i) {
-                wait_tile(at);
-                release();
-            }
+            pass_turn();
+            pass_by();
+            pass_by();
         }
     }
 
@@ -162,6 +169,28 @@ struct Consumer {
         const float scale = p.logit_scale;
         int tiles = num_kv_tiles(work.item);
         int begin = work.item.kv_begin + (tiles - 1) * CTA_TILE_KV;  // of the tile at hand
+        // Tiles behind all that the warpgroup's rows see, which come first, and in front of it.
+        const int top = turn.consumer * 64;
+        const int seen_end = visible.kv_end(rows.query(top + 63)) - work.item.kv_begin;
+        const int behind = tiles - (max(seen_end, 0) + CTA_TILE_KV - 1) / CTA_TILE_KV;
+        int ahead = 0;
+        if (CUPAGED_WINDOW) {
+            const int hidden = visible.kv_begin(rows.query(top)) - work.item.kv_begin;
+            ahead = max(hidden, 0) / CTA_TILE_KV;
+        }
+        if (behind + ahead >= tiles) {
+            skip(work.item);
+            state.finish(o, scale, 1.0f);
+            return;
+        }
+        tiles -= behind + ahead;
+        begin -= behind * CTA_TILE_KV;
+#pragma unroll 1
+        for (int i = 0; i < behind; ++i) {
+            pass_turn();
+            pass_by();             // K of this tile
+            if (i > 0) pass_by();  // V of the one before
+        }
         const Span seen = visible.seen_by_all(rows.query(first_row()), rows.query(first_row() + 15));
         u64 q = tile_descriptor(q_tiles + q_stage * TILE_Q_BYTES + turn.consumer * 64 * ROW_BYTES);
 
@@ -184,6 +213,7 @@ struct Consumer {
         wgmma_wait<0>();
         pin(s[0]);
         release();
+        if (behind > 0) pass_by();  // V of the last of those
         prepare();
         state.raise(s, scale, factor);
         state.weigh(s, scale);
@@ -243,6 +273,10 @@ struct Consumer {
                 pack(weights, s);
             }
         }
+        if (CUPAGED_WINDOW && ahead > 0) {
+            pass_turn();
+            pass_by();  // K of the first of these
+        }
         const u64 last_v = wait_tile(at);
         wgmma_fence();
         start_pv(o, weights, last_v);
@@ -250,6 +284,15 @@ struct Consumer {
         wgmma_wait<0>();
         pin(o[0]);
         release();
+        if (CUPAGED_WINDOW) {
+#pragma unroll 1
+            for (int i = 1; i < ahead; ++i) {
+                pass_turn();
+                pass_by();  // K of this tile
+                pass_by();  // V of the one before
+            }
+            if (ahead > 0) pass_by();
+        }
         state.finish(o, scale, work.item.num_splits == 1 ? p.v_scale : 1.0f);
     }
 
