@@ -9,6 +9,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,11 @@ def configurations(arch: int) -> Iterator[KernelConfig]:
         if head_dims == (128, 128):
             needs += [Needs(dtype, dtype, *head_dims, 16, variant) for variant in _VARIANTS]
         for each, shape in itertools.product(needs, tiles.SHAPES):
-            found[tiles.kernel_config(arch, each, shape)] = None
+            config = tiles.kernel_config(arch, each, shape)
+            found[config] = None
+            if config.producer_warps and config.page_aligned and not any(each.variant):
+                # For strides that tensor maps can't have.
+                found[replace(config, page_aligned=False)] = None
     yield from found
 
 

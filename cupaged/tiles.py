@@ -88,6 +88,11 @@ _TILES: dict[tuple[str, tuple[int, int], Shape], _Tile] = {
 #: registers.
 _CAPPED = {("sm90", _D64, "long"): _Tile(128, 128, 8, 1, 8, 1, "prefill_sm90", 2)}
 
+#: In the place of others with a custom mask, whose bits take registers too: 16 rows a warp.
+_MASKED = {
+    (name, _D128, "long"): _Tile(128, 32, 8, 1, 3, 1) for name in ("large", "medium", "small")
+}
+
 #: In the place of sm90's "long" at head_dim 128 where keys are copied row by row, which takes the
 #: longer the smaller the tile is.
 _ROW_BY_ROW = _Tile(192, 80, 12, 1, 6, 1, "prefill_sm90", 2)
@@ -117,9 +122,13 @@ def _tile(arch: int, needs: Needs, shape: Shape) -> _Tile:
             tile = _TILES.get((name, head_dims, candidate))
             if needs.variant.soft_cap:
                 tile = _CAPPED.get((name, head_dims, candidate), tile)
+            if needs.variant.custom_mask:
+                tile = _MASKED.get((name, head_dims, candidate), tile)
             if tile is not None:
-                # Half the bytes: twice the stages are under way, which hides as much latency.
-                deeper = shape == "short" and needs.kv_dtype in FLOAT8_DTYPES
+                # Half the bytes: twice the stages are under way, which hides as much latency. Rows
+                # of 64 elements have as many, see `padded_row_bytes`.
+                narrow = needs.kv_dtype in FLOAT8_DTYPES and needs.head_dim_qk > 64
+                deeper = shape == "short" and narrow
                 return replace(tile, num_stages=2 * tile.num_stages) if deeper else tile
     raise KeyError((arch, needs, shape))
 
