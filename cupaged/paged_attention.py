@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
-from cupaged import arrays, schedule, validate, validate_lengths, validate_run
+from cupaged import arrays, schedule, torch_ops, validate, validate_lengths, validate_run
 from cupaged import backend as backend_room
 from cupaged.graph import Graph
 from cupaged.graph_buffers import GraphBuffers
@@ -181,6 +181,7 @@ class PagedAttention:
         if device is not None and not choices.non_blocking:
             placed.wait()
         self._plan = plan
+        torch_ops.register(self)
 
     def planning_place(self, index_arrays: tuple[Any, ...]) -> tuple[int | None, int]:
         """The CUDA device to plan for, None for the host, and the stream to upload on.
@@ -260,6 +261,36 @@ class PagedAttention:
         sinks: Any = None,
     ) -> Any:
         """The rest of `run()`, once what is not served has been refused."""
+        if torch_ops.is_compiling():
+            scales = (q_scale, k_scale, v_scale)
+            return torch_ops.run(
+                self, q, paged_kv_cache, scales, out, lse, return_lse, lse_base, sinks
+            )
+        return self.attend(
+            *(q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, lse_base, sinks)
+        )
+
+    def output_shape(self, num_rows: int) -> tuple[int, int, int]:
+        """Shape of the output for so many rows of q."""
+        if self._plan is None:
+            raise RuntimeError("run() before plan()")
+        spec = self._plan.schedule.spec
+        return num_rows, spec.num_qo_heads, spec.head_dim_vo
+
+    def attend(
+        self,
+        q: Any,
+        paged_kv_cache: Any,
+        q_scale: Any,
+        k_scale: Any,
+        v_scale: Any,
+        out: Any,
+        lse: Any,
+        return_lse: Any,
+        lse_base: Any,
+        sinks: Any,
+    ) -> Any:
+        """`run()` in the order of its arguments, all of them; `torch.compile` can't see it."""
         plan = self._plan
         if plan is None:
             raise RuntimeError("run() before plan()")

@@ -88,8 +88,9 @@ _TILES: dict[tuple[str, tuple[int, int], Shape], _Tile] = {
 #: registers.
 _CAPPED = {("sm90", _D64, "long"): _Tile(128, 128, 8, 1, 8, 1, "prefill_sm90", 2)}
 
-#: In the place of others with a custom mask, whose bits take registers too: 16 rows a warp.
-_MASKED = {
+#: In the place of others where more is done for each product, which takes registers too: 16 rows a
+#: warp.
+_ROOMY = {
     (name, _D128, "long"): _Tile(128, 32, 8, 1, 3, 1) for name in ("large", "medium", "small")
 }
 
@@ -109,6 +110,13 @@ def tile_class(arch: int) -> str:
     return _CLASS.get(arch, "small")
 
 
+def _does_more(needs: Needs) -> bool:
+    """Whether a product goes through more than the registers of 32 rows a warp have room for."""
+    on = needs.variant
+    both = on.window and on.soft_cap
+    return on.custom_mask or on.alibi or on.rope or both or needs.kv_dtype in FLOAT8_DTYPES
+
+
 def _tile(arch: int, needs: Needs, shape: Shape) -> _Tile:
     head_dims = (needs.head_dim_qk, needs.head_dim_vo)
     head_dims = _PADDED.get(head_dims, head_dims)
@@ -122,8 +130,8 @@ def _tile(arch: int, needs: Needs, shape: Shape) -> _Tile:
             tile = _TILES.get((name, head_dims, candidate))
             if needs.variant.soft_cap:
                 tile = _CAPPED.get((name, head_dims, candidate), tile)
-            if needs.variant.custom_mask:
-                tile = _MASKED.get((name, head_dims, candidate), tile)
+            if _does_more(needs):
+                tile = _ROOMY.get((name, head_dims, candidate), tile)
             if tile is not None:
                 # Half the bytes: twice the stages are under way, which hides as much latency. Rows
                 # of 64 elements have as many, see `padded_row_bytes`.
