@@ -2,10 +2,10 @@
 
     python bench/bench_doors.py
 
-A small decode batch (64 requests of 1,024 keys, 32 query heads over 8, head_dim 128, float16, pages of
-16), called again and again without waiting; medians of rounds of 100 calls, in microseconds. The GPU
-works less long on a call than the host, but for `under jit`, where XLA's own dispatch is in it. What is
-not installed is left out; 2 without a GPU.
+A small decode batch (64 requests of 1,024 keys, 32 query heads over 8, head_dim 128, float16, pages
+of 16), called again and again without waiting; medians of rounds of 100 calls, in microseconds. Where
+a call costs the host less than the GPU, the GPU's queue holds the rest. What is not installed is left
+out; 2 without a GPU.
 """
 
 from __future__ import annotations
