@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
+from cupaged import dlpack, validate, validate_run
 from cupaged.devices import cupy
 from cupaged.paged_attention import PagedAttention
+from cupaged.spec import DTYPES, AttentionSpec
 
 __all__ = ["paged_attention"]
 
@@ -33,7 +35,8 @@ def paged_attention(
 
     XLA hands over its buffers, and the kernels are launched on XLA's own stream: nothing is copied
     and nobody waits. A function that was jitted holds the wrapper and computes by the plan that
-    this has when it runs; the number of rows of q is that of the trace.
+    this has when it runs, which may be later than the call: `jax.block_until_ready` the results of
+    a plan before the next `plan()`. The number of rows of q is that of the trace.
 
     Parameters
     ----------
@@ -64,8 +67,9 @@ BatchPrefillWithRaggedKVCacheWrapper
     RuntimeError
         There is no plan yet.
     TypeError, ValueError
-        An array doesn't fit the plan. What its shape and dtype show is said when a function is
-        traced; what is found when it runs comes as an error of JAX's with it inside.
+        An argument doesn't fit the plan, in the words of `run()`. What shapes and dtypes show is
+        said when a function is traced; what is found when it runs, by a later plan or on the
+        device, comes as an error of JAX's with it inside.
 
     Notes
     -----
@@ -75,46 +79,87 @@ BatchPrefillWithRaggedKVCacheWrapper
     if planned is None:
         raise RuntimeError("paged_attention() before plan()")
     spec = planned.schedule.spec
-    shape, dtype = (planned.nnz_qo, spec.num_qo_heads, spec.head_dim_qk), jnp.dtype(spec.dtype)
-    if q.shape != shape or q.dtype != dtype:
-        raise ValueError(
-            f"q is {q.dtype} {list(q.shape)}, expected {dtype} {list(shape)} as planned"
-        )
-    rows = shape[:2]
-    out = jax.ShapeDtypeStruct((*rows, spec.head_dim_vo), dtype)
-    lse = jax.ShapeDtypeStruct(rows, jnp.float32)
-    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "lse_base": lse_base}
-    ragged = k_pages.ndim == 3
-
-    def attend(context: Any, results: Any, *buffers: Any) -> None:
-        # Under the callback no function of JAX may be called.
-        try:
-            stream = context.stream
-        except jax.errors.JaxRuntimeError:  # on the host there is none
-            run(list(map(np.asarray, results)), list(map(np.asarray, buffers)))
-            return
-        targets, arrays = list(map(_on_device, results)), list(map(_on_device, buffers))
-        device = targets[0].device
-        with device, cupy().cuda.ExternalStream(stream, device.id):
-            run(targets, arrays)
-
-    def run(results: list[Any], arrays: list[Any]) -> None:
-        queries, keys, values, *rest = arrays
-        options = {**scales, "out": results[0], "lse": results[1] if return_lse else None}
-        if rest:
-            options["sinks"] = rest[0]
-        cache = (keys, values) if ragged else ((keys, values),)
-        plan.run(queries, *cache, **options)
-
+    num_rows = _check(plan, spec, planned.nnz_qo, (q, k_pages, v_pages), sinks)
+    validate.logit_scale(spec.sm_scale, q_scale, k_scale)
+    factors = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    attend = _Attend(
+        plan,
+        **{name: None if x is None else validate.scale(x, name) for name, x in factors.items()},
+        lse_base=validate.choice(lse_base, "lse_base", ("log2", "ln")),
+        return_lse=validate.flag(return_lse, "return_lse"),
+    )
+    rows = (num_rows, spec.num_qo_heads)
+    results = [jax.ShapeDtypeStruct((*rows, spec.head_dim_vo), DTYPES[spec.dtype])]
+    if return_lse:
+        results.append(jax.ShapeDtypeStruct(rows, DTYPES["float32"]))
     arguments = (q, k_pages, v_pages, *(() if sinks is None else (sinks,)))
-    result = buffer_callback(attend, (out, lse) if return_lse else (out,))(*arguments)
-    return tuple(result) if return_lse else result[0]
+    out, *lse = buffer_callback(attend, results)(*arguments)
+    return (out, *lse) if return_lse else out
 
 
-def _on_device(buffer: Any) -> Any:
+@dataclass(frozen=True)
+class _Attend:
+    """What XLA calls. Calls alike are equal: JAX keeps a program for each, and makes no other.
+
+    Under the callback no function of JAX may be called.
+    """
+
+    wrapper: PagedAttention
+    q_scale: float | None
+    k_scale: float | None
+    v_scale: float | None
+    lse_base: str
+    return_lse: bool
+
+    def __call__(self, context: Any, results: list[Any], *buffers: Any) -> None:
+        device_type, device = map(int, results[0].__dlpack_device__())
+        if device_type in dlpack.HOST:
+            self._run(list(map(np.asarray, results)), list(map(np.asarray, buffers)))
+            return
+        with cupy().cuda.Device(device), cupy().cuda.ExternalStream(context.stream, device):
+            self._run(
+                [_on_device(buffer, device) for buffer in results],
+                [_on_device(buffer, device) for buffer in buffers],
+            )
+
+    def _run(self, results: list[Any], arrays: list[Any]) -> None:
+        q, k, v, *sinks = arrays
+        self.wrapper.attend(
+            *(q, (k, v), self.q_scale, self.k_scale, self.v_scale),
+            *(results[0], results[1] if self.return_lse else None, False, self.lse_base),
+            sinks[0] if sinks else None,
+        )
+
+
+def _check(
+    wrapper: PagedAttention, spec: AttentionSpec, nnz_qo: int, arrays: tuple[Any, ...], sinks: Any
+) -> int:
+    """Check shapes and dtypes as `run()` does; returns q's rows."""
+    q, k, v = map(_like, arrays)
+    num_rows = validate_run.query(
+        *(q, spec, nnz_qo, wrapper._rows_are, wrapper._names.head_dim),
+        more=wrapper.is_cuda_graph_enabled,
+    )
+    wrapper._keys_and_values((k, v), q, spec)
+    if sinks is not None:
+        validate_run.sinks(_like(sinks), spec, None)
+    return num_rows
+
+
+def _like(x: Any) -> Any:
+    """A contiguous array of the shape and dtype of one that is being traced; nobody reads it."""
+    dtype = np.dtype(x.dtype)
+    strides = [dtype.itemsize * math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
+    # As raw bytes first: the array interface has no name for float8_e5m2.
+    raw = np.empty(1, f"V{dtype.itemsize}")
+    return np.lib.stride_tricks.as_strided(raw, x.shape, strides).view(dtype)
+
+
+def _on_device(buffer: Any, device: int) -> Any:
     """A buffer of XLA's as a CuPy array."""
     dtype = np.dtype(buffer.dtype)
     # Only where it lies is asked for: the interface has no name for bfloat16.
     pointer, _ = buffer.__cuda_array_interface__["data"]
-    memory = cupy().cuda.UnownedMemory(pointer, math.prod(buffer.shape) * dtype.itemsize, buffer)
+    size = math.prod(buffer.shape) * dtype.itemsize
+    memory = cupy().cuda.UnownedMemory(pointer, size, buffer, device)
     return cupy().ndarray(buffer.shape, dtype, cupy().cuda.MemoryPointer(memory, 0))

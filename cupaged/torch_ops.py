@@ -28,16 +28,25 @@ def register(wrapper: Any) -> None:
     _wrappers[id(wrapper)] = wrapper
     if torch is not None:
         return
-    define = module.library.define
-    define("cupaged::run", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
-    define(
-        "cupaged::run_into", f"({_ARGUMENTS}, Tensor(a!) out, Tensor(b!) lse, bool want_lse) -> ()"
-    )
+    into = f"({_ARGUMENTS}, Tensor(a!) out, Tensor(b!) lse, bool want_lse) -> ()"
+    tags = _tags(module)
+    module.library.define("cupaged::run", f"({_ARGUMENTS}) -> (Tensor, Tensor)", tags=tags)
+    module.library.define("cupaged::run_into", into, tags=tags)
     module.library.impl("cupaged::run", ("cpu", "cuda"), _run)
     module.library.impl("cupaged::run_into", ("cpu", "cuda"), _run_into)
     module.library.register_fake("cupaged::run", _like_run)
     module.library.register_fake("cupaged::run_into", lambda *arguments: None)
     torch = module
+
+
+def _tags(module: Any) -> tuple[Any, ...]:
+    """What the compiler is told of both operators, where PyTorch has a word for it.
+
+    They take the strides that `run()` was given, and stay out of CUDA graphs that the compiler
+    records by itself: those would keep the plan of the recording.
+    """
+    names = ("needs_exact_strides", "cudagraph_unsafe")
+    return tuple(getattr(module.Tag, name) for name in names if hasattr(module.Tag, name))
 
 
 def is_compiling() -> bool:
@@ -57,7 +66,10 @@ def run(
     sinks: Any,
 ) -> Any:
     """`run()` by way of an operator; everything is checked when that runs."""
-    parts = list(cache) if isinstance(cache, tuple | list) else [cache]
+    # No gradients, as without the compiler.
+    q, sinks = q.detach(), None if sinks is None else sinks.detach()
+    given = cache if isinstance(cache, tuple | list) else [cache]
+    parts = [part.detach() for part in given]
     arguments = (id(wrapper), q, parts, *scales, sinks, lse_base)
     if out is None and lse is None:
         out, lse = torch.ops.cupaged.run(*arguments)

@@ -139,10 +139,145 @@ def test_errors(rng: np.random.Generator, door: Any) -> None:
     with pytest.raises(RuntimeError, match=r"^paged_attention\(\) before plan\(\)$"):
         door(q, k, v, cupaged.BatchPrefillWithPagedKVCacheWrapper(backend="reference"))
     wrapper = planned(batch, "host")
-    message = r"^q is float16 \[75, 4, 64\], expected float16 \[76, 4, 64\] as planned"
-    with pytest.raises(ValueError, match=message):
-        jax.jit(lambda q: door(q, k, v, wrapper))(q[1:])
-    with pytest.raises(Exception, match="k cache has shape"):
-        jax.block_until_ready(jax.jit(lambda q: door(q, k[:, :3], v, wrapper))(q))
+    sinks = np.zeros(3, np.float32)
+    bad: list[tuple[type[Exception], str, Any]] = [
+        (ValueError, "q has 75 rows, expected 76 = qo_indptr[-1]", lambda q: ((q[1:], k, v), {})),
+        (
+            ValueError,
+            f"k cache has shape ({len(k)}, 3, 2, 64); kv_layout='NHD' expects "
+            "(num_pages, page_size=16, num_kv_heads=2, head_dim=64)",
+            lambda q: ((q, k[:, :3], v), {}),
+        ),
+        (
+            TypeError,
+            "v cache is float32, expected kv_data_type = float16",
+            lambda q: ((q, k, v.astype("float32")), {}),
+        ),
+        (
+            ValueError,
+            "sinks has shape (3,), expected (num_qo_heads=4,)",
+            lambda q: ((q, k, v), {"sinks": sinks}),
+        ),
+        (
+            ValueError,
+            "lse_base = 'e', expected one of 'log2', 'ln'",
+            lambda q: ((q, k, v), {"lse_base": "e"}),
+        ),
+        (
+            TypeError,
+            "k_scale is a DynamicJaxprTracer, expected a number",
+            lambda q: ((q, k, v), {"k_scale": q[0, 0, 0]}),
+        ),
+    ]
+    for kind, message, arguments in bad:
+
+        def call(q: Any, arguments: Any = arguments) -> Any:
+            arrays, options = arguments(q)
+            return door(*arrays, wrapper, **options)
+
+        with pytest.raises(kind) as raised:
+            jax.jit(call).trace(q)
+        assert str(raised.value) == message
+    # A later plan is checked when the program runs.
+    program = jax.jit(lambda q: door(q, k, v, wrapper))
+    program(q).block_until_ready()
+    one_more = batches.build(rng, [5, 1, 71], [70, 33, 90], num_kv_heads=2, group=2)
+    one_more.plan(wrapper, causal=True)
+    with pytest.raises(Exception, match="ValueError: q has 76 rows, expected 77 = "):
+        program(q).block_until_ready()
+    batch.plan(wrapper, causal=True)
     with pytest.raises(ValueError, match="do not support JVP"):
         jax.grad(lambda q: door(q, k, v, wrapper).sum().astype(float))(q)
+    with pytest.raises(NotImplementedError, match=r"^vmap is only supported for "):
+        jax.vmap(lambda q: door(q, k, v, wrapper))(q[None])
+
+
+def test_calls_alike_share_one_program(rng: np.random.Generator, door: Any) -> None:
+    """Outside of `jit` too: JAX compiles once, and holds no wrapper more for each call."""
+    import jax
+
+    batch = build(rng, head_dim=64)
+    wrapper = planned(batch, "host")
+    q, k, v = on_jax("host", batch.q, *batch.keys_and_values())
+    door(q, k, v, wrapper, k_scale=0.5).block_until_ready()
+    compiled: list[str] = []
+
+    def listen(event: str, *_: Any, **__: Any) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for _ in range(3):
+        door(q, k, v, wrapper, k_scale=np.float32(0.5)).block_until_ready()
+    assert compiled == []
+    door(q, k, v, wrapper, k_scale=0.25).block_until_ready()
+    assert compiled  # which is how it would have been seen
+
+
+@pytest.mark.parametrize("on", ON)
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8(rng: np.random.Generator, door: Any, kv_dtype: str, on: str) -> None:
+    import jax
+
+    formula = Formula(causal=True, k_scale=0.5, v_scale=2.0)
+    batch = build(rng, head_dim=64, kv_dtype=kv_dtype)
+    wrapper = planned(batch, on, formula)
+    program = jax.jit(lambda q, k, v: door(q, k, v, wrapper, k_scale=0.5, v_scale=2.0))
+    q, k, v = on_jax(on, batch.q, *batch.keys_and_values())
+    oracle.check_all(batch, formula, np.asarray(program(q, k, v)))
+
+
+@pytest.mark.parametrize("on", ON)
+def test_every_kind_of_plan(rng: np.random.Generator, door: Any, on: str) -> None:
+    backend = "cuda" if on == "gpu" else "reference"
+    batch = batches.build(rng, [1, 1], [7, 33], num_kv_heads=2, page_size=1, cache_form="tuple")
+    decode = cupaged.BatchDecodeWithPagedKVCacheWrapper(backend=backend)
+    _, *pages = batch.index_arrays
+    decode.plan(*pages, *batch.geometry)
+    q, k, v = on_jax(on, batch.q, *batch.keys_and_values())
+    oracle.check_all(batch, Formula(), np.asarray(door(q, k, v, decode)))
+    # Pages of one token may lack the axis of the tokens.
+    oracle.check_all(batch, Formula(), np.asarray(door(q, k[:, 0], v[:, 0], decode)))
+
+    ragged = cupaged.BatchPrefillWithRaggedKVCacheWrapper(backend=backend)
+    ragged.plan([0, 1, 2], [0, 7, 40], 2, 2, 64)
+    rows = [batch.gathered(r) for r in range(2)]
+    k, v = on_jax(on, *(np.concatenate([row[i] for row in rows]) for i in (1, 2)))
+    oracle.check_all(batch, Formula(), np.asarray(door(q, k, v, ragged)))
+
+    sinks = rng.standard_normal(2).astype(np.float32)
+    with_sinks = cupaged.BatchAttentionWithAttentionSinkWrapper(
+        backend=backend,
+        q_data_type="float16",
+        kv_data_type="float16",
+        head_dim_qk=64,
+        head_dim_vo=64,
+    )
+    batch.plan(with_sinks)
+    q, k, v, s = on_jax(on, batch.q, *batch.keys_and_values(), sinks)
+    out = np.asarray(door(q, k, v, with_sinks, sinks=s))
+    oracle.check_all(batch, Formula(sinks=sinks), out)
+
+
+@pytest.mark.parametrize("on", ON)
+def test_a_donated_cache_is_written_and_read(rng: np.random.Generator, door: Any, on: str) -> None:
+    """New keys go into pages that are donated, in the program that reads them."""
+    import jax
+
+    batch = build(rng, head_dim=64)
+    wrapper = planned(batch, on)
+
+    def step(q: Any, k: Any, v: Any, new: Any) -> Any:
+        k = k.at[batch.slot(1, 32)].set(new)
+        return door(q, k, v, wrapper), k
+
+    program = jax.jit(step, donate_argnums=1)
+    q, k, v = on_jax(on, batch.q, *batch.keys_and_values())
+    keys, _ = batch.keys_and_values()
+    for _ in range(4):
+        keys[batch.slot(1, 32)] = rng.standard_normal((2, 64))
+        (new,) = on_jax(on, keys[batch.slot(1, 32)].copy())
+        before = k
+        out, k = program(q, k, v, new)
+        assert before.is_deleted()
+        oracle.check_all(batch, CAUSAL, np.asarray(out))

@@ -129,3 +129,31 @@ def test_an_error_inside_names_the_argument(rng: np.random.Generator, pytorch: A
     compiled = pytorch.compile(lambda q: wrapper.run(q, (k, v)), backend="eager", fullgraph=True)
     with pytest.raises(ValueError, match=r"^q has 4 rows, expected 5 = "):
         compiled(q[1:])
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_no_gradients_as_without_the_compiler(
+    rng: np.random.Generator, pytorch: Any, compiler: str
+) -> None:
+    batch = batches.build(rng, [5], [70], num_kv_heads=2, cache_form="tuple")
+    wrapper = planned(batch, "host")
+    q, k, v = (on_torch(pytorch, "host", x) for x in (batch.q, *batch.keys_and_values()))
+    q.requires_grad_()
+    k.requires_grad_()
+
+    def call(q: Any) -> Any:
+        return wrapper.run(q * 1.0, (k, v))
+
+    out = pytorch.compile(call, backend=compiler, fullgraph=True)(q)
+    assert not call(q).requires_grad
+    assert not out.requires_grad
+    oracle.check_all(batch, CAUSAL, to_numpy(pytorch, out))
+
+
+def test_the_compiler_records_no_plan(rng: np.random.Generator, pytorch: Any) -> None:
+    """CUDA graphs that it makes by itself leave the operators out."""
+    if not hasattr(pytorch.Tag, "cudagraph_unsafe"):
+        pytest.skip(f"PyTorch {pytorch.__version__} has no such tag")
+    planned(batches.build(rng, [5], [70], num_kv_heads=2), "host")
+    for operator in (pytorch.ops.cupaged.run, pytorch.ops.cupaged.run_into):
+        assert pytorch.Tag.cudagraph_unsafe in operator.default.tags
