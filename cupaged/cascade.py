@@ -18,6 +18,7 @@ from cupaged.cascade_scratch import GraphScratch, refuse_capture, scratch
 from cupaged.errors import CupagedWarning
 from cupaged.merge import States
 from cupaged.merging import merge_where_they_are
+from cupaged.opaque import opaque
 from cupaged.paged_attention import dtype_names, import_cache
 from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
 from cupaged.spec import DTYPES, AttentionSpec
@@ -288,6 +289,7 @@ paged_kv_last_page_len_buf_arr : list of int32 array, optional
                 self._graph.plan(level.lengths.nnz_qo, spec, device, stream)
         self._planned = _Planned(spec, levels, wrappers)
 
+    @opaque
     def run(
         self,
         q: Any,

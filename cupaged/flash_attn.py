@@ -6,6 +6,7 @@ from typing import Any
 
 from cupaged import arrays, door, flash_calls, validate, validate_run
 from cupaged.door import Planned
+from cupaged.opaque import opaque
 from cupaged.page import append_paged_kv_cache
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -13,6 +14,7 @@ __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
 Array = Any  # a numpy.ndarray or a cupy.ndarray
 
 
+@opaque
 def flash_attn_varlen_func(
     q: Any,
     k: Any,
@@ -145,6 +147,7 @@ def flash_attn_varlen_func(
         return out, lse, arrays.export(empty, q) if probs is None else probs
 
 
+@opaque
 def flash_attn_with_kvcache(
     q: Any,
     k_cache: Any,

@@ -9,12 +9,14 @@ from typing import Any
 
 from cupaged import arrays, merge, merge_cuda, validate_merge
 from cupaged.merge import States
+from cupaged.opaque import opaque
 from cupaged.spec import DTYPES
 
 #: Names of the last axes of v.
 _HEADS = ("num_heads", "head_dim")
 
 
+@opaque
 def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any) -> tuple[Any, Any]:
     """Merge two attention states over disjoint sets of keys into the one over both.
 
@@ -57,6 +59,7 @@ def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any) -> tuple[Any, Any]:
     return _merged(states, first.shape, first, v_a, device)
 
 
+@opaque
 def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any = None) -> None:
     """Merge another attention state into one, as `merge_state()` merges two.
 
@@ -99,6 +102,7 @@ def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any =
         merge_where_they_are(states, first, s_first, rows, device, stream)
 
 
+@opaque
 def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
     """Merge any number of attention states over disjoint sets of keys.
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from cupaged import append, append_cuda, arrays, streams, validate, validate_page
 from cupaged.append import Indices
 from cupaged.devices import cupy, is_recorded
+from cupaged.opaque import opaque
 from cupaged.spec import KVLayout
 
 IntArray = npt.NDArray[np.int32]
@@ -21,6 +22,7 @@ _ON_THE_HOST = (np.ndarray, list, tuple)
 _LAYOUTS = ("NHD", "HND")
 
 
+@opaque
 def append_paged_kv_cache(
     append_key: Any,
     append_value: Any,
@@ -129,6 +131,7 @@ def append_paged_kv_cache(
         _hold_until_done(owners, home, device, stream)
 
 
+@opaque
 def get_batch_indices_positions(
     append_indptr: Any,
     seq_lens: Any,
@@ -195,6 +198,7 @@ def get_batch_indices_positions(
     return found[0], found[1]
 
 
+@opaque
 def get_seq_lens(kv_indptr: Any, kv_last_page_len: Any, page_size: int) -> Any:
     """Tokens of each request.
 

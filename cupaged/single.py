@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupaged import arrays, unserved, validate
+from cupaged.opaque import callers_level, opaque
 from cupaged.ragged import BatchPrefillWithRaggedKVCacheWrapper
 from cupaged.spec import DTYPES, FLOAT8_DTYPES, SERVED_DTYPES
 from cupaged.validate_lengths import SINGLE_NAMES
@@ -17,6 +18,7 @@ _KV_DTYPES = (*SERVED_DTYPES, *FLOAT8_DTYPES)
 _CALLER = 4
 
 
+@opaque
 def single_prefill_with_kv_cache(
     q: Any,
     k: Any,
@@ -113,7 +115,7 @@ rope_theta, backend, k_scale, v_scale, sinks
         rope_theta=rope_theta,
         given=(q,),
         names=SINGLE_NAMES,
-        stacklevel=_CALLER,
+        stacklevel=callers_level(_CALLER),
     )
     return wrapper.run(
         q, k, v, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse, sinks=sinks
@@ -125,6 +127,7 @@ def single_prefill_with_kv_cache_return_lse(*args: Any, **options: Any) -> Any:
     return single_prefill_with_kv_cache(*args, **options | {"return_lse": True})
 
 
+@opaque
 def single_decode_with_kv_cache(
     q: Any,
     k: Any,

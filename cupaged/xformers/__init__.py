@@ -11,6 +11,7 @@ from typing import Any
 
 from cupaged import arrays, door, validate, validate_run
 from cupaged.dtypes import dtype_name
+from cupaged.opaque import opaque
 from cupaged.xformers import attn_bias
 from cupaged.xformers.attn_bias import *  # noqa: F403  its __all__ is its twins
 from cupaged.xformers.reading import read
@@ -22,6 +23,7 @@ Array = Any  # a numpy.ndarray or a cupy.ndarray
 _BATCH, _ROWS, _GROUPS, _HEADS = range(4)
 
 
+@opaque
 def memory_efficient_attention_forward(
     query: Any,
     key: Any,
