@@ -91,6 +91,19 @@ def _tensor_of(capsule: object) -> tuple[_Tensor, bool]:
     raise BufferError(f"{capsule!r} is not an unconsumed DLPack capsule")
 
 
+def address(capsule: object) -> int:
+    """Where the tensor of a capsule lies; the capsule is not consumed.
+
+    Raises
+    ------
+    BufferError
+        Not such a capsule, or of a later major version.
+    """
+    tensor, _ = _tensor_of(capsule)
+    begin: int = tensor.data or 0  # NULL where the tensor is empty
+    return begin + int(tensor.byte_offset)
+
+
 def as_bytes(capsule: object) -> np.dtype[Any] | None:
     """Let a capsule of float8 say that it holds uint8, which CuPy can read.
 

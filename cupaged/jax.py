@@ -75,6 +75,8 @@ BatchPrefillWithRaggedKVCacheWrapper
     -----
     Neither gradients nor `jax.vmap` go through it; JAX says so.
     """
+    if not isinstance(plan, PagedAttention):
+        raise TypeError(f"plan is {validate.what(plan)}, expected a wrapper that was planned")
     planned = plan._plan
     if planned is None:
         raise RuntimeError("paged_attention() before plan()")
@@ -135,19 +137,21 @@ def _check(
     wrapper: PagedAttention, spec: AttentionSpec, nnz_qo: int, arrays: tuple[Any, ...], sinks: Any
 ) -> int:
     """Check shapes and dtypes as `run()` does; returns q's rows."""
-    q, k, v = map(_like, arrays)
+    q, k, v = map(_like, arrays, ("q", *wrapper._kv_names))
     num_rows = validate_run.query(
         *(q, spec, nnz_qo, wrapper._rows_are, wrapper._names.head_dim),
         more=wrapper.is_cuda_graph_enabled,
     )
     wrapper._keys_and_values((k, v), q, spec)
     if sinks is not None:
-        validate_run.sinks(_like(sinks), spec, None)
+        validate_run.sinks(_like(sinks, "sinks"), spec, None)
     return num_rows
 
 
-def _like(x: Any) -> Any:
+def _like(x: Any, name: str) -> Any:
     """A contiguous array of the shape and dtype of one that is being traced; nobody reads it."""
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} is {validate.what(x)}, expected a JAX array")
     dtype = np.dtype(x.dtype)
     strides = [dtype.itemsize * math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
     # As raw bytes first: the array interface has no name for float8_e5m2.
@@ -158,8 +162,8 @@ def _like(x: Any) -> Any:
 def _on_device(buffer: Any, device: int) -> Any:
     """A buffer of XLA's as a CuPy array."""
     dtype = np.dtype(buffer.dtype)
-    # Only where it lies is asked for: the interface has no name for bfloat16.
-    pointer, _ = buffer.__cuda_array_interface__["data"]
+    # By DLPack: the CUDA array interface fails for float8, for which it has no name.
+    pointer = dlpack.address(buffer.__dlpack__())
     size = math.prod(buffer.shape) * dtype.itemsize
     memory = cupy().cuda.UnownedMemory(pointer, size, buffer, device)
     return cupy().ndarray(buffer.shape, dtype, cupy().cuda.MemoryPointer(memory, 0))

@@ -17,8 +17,11 @@ ON = ["host", pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture
-def door() -> Any:
-    """The function, where JAX is."""
+def door(request: pytest.FixtureRequest) -> Any:
+    """The function, where JAX is, and has a GPU where the test does."""
+    if request.node.get_closest_marker("gpu"):
+        for needed in ("jax", "cp"):
+            request.getfixturevalue(needed)
     pytest.importorskip("jax")
     from cupaged.jax import paged_attention
 
@@ -113,12 +116,15 @@ def test_options_and_another_plan(rng: np.random.Generator, door: Any, on: str) 
     import jax
 
     sinks = rng.standard_normal(4).astype(np.float32)
-    formula = Formula(causal=True, k_scale=0.5, v_scale=2.0, lse_base="ln", sinks=sinks)
+    formula = Formula(
+        causal=True, q_scale=3.0, k_scale=0.5, v_scale=2.0, lse_base="ln", sinks=sinks
+    )
+    factors = {"q_scale": 3.0, "k_scale": 0.5, "v_scale": 2.0}
     batch = build(rng, head_dim=64)
     wrapper = planned(batch, on)
     program = jax.jit(
         lambda q, k, v, s: door(
-            q, k, v, wrapper, k_scale=0.5, v_scale=2.0, sinks=s, return_lse=True, lse_base="ln"
+            *(q, k, v, wrapper), **factors, sinks=s, return_lse=True, lse_base="ln"
         )
     )
     for lengths in ([70, 33, 90], [200, 1, 70]):
@@ -138,9 +144,23 @@ def test_errors(rng: np.random.Generator, door: Any) -> None:
     (q,) = on_jax("host", batch.q)
     with pytest.raises(RuntimeError, match=r"^paged_attention\(\) before plan\(\)$"):
         door(q, k, v, cupaged.BatchPrefillWithPagedKVCacheWrapper(backend="reference"))
+    with pytest.raises(
+        TypeError, match=r"^plan is a NoneType, expected a wrapper that was planned$"
+    ):
+        door(q, k, v, None)
     wrapper = planned(batch, "host")
     sinks = np.zeros(3, np.float32)
     bad: list[tuple[type[Exception], str, Any]] = [
+        (
+            TypeError,
+            "q is a list, expected a JAX array",
+            lambda q: ((batch.q.tolist(), k, v), {}),
+        ),
+        (
+            TypeError,
+            "q is float32, expected q_data_type = float16",
+            lambda q: ((q.astype("float32"), k, v), {}),
+        ),
         (ValueError, "q has 75 rows, expected 76 = qo_indptr[-1]", lambda q: ((q[1:], k, v), {})),
         (
             ValueError,
@@ -281,3 +301,25 @@ def test_a_donated_cache_is_written_and_read(rng: np.random.Generator, door: Any
         out, k = program(q, k, v, new)
         assert before.is_deleted()
         oracle.check_all(batch, CAUSAL, np.asarray(out))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_where_a_buffer_lies(dtype: str) -> None:
+    """Told by DLPack, for every dtype that K and V may have."""
+    jax = pytest.importorskip("jax")
+    from jax.experimental.buffer_callback import buffer_callback
+
+    from cupaged import dlpack
+
+    places = []
+
+    def look(context: Any, result: Any, *buffers: Any) -> None:
+        np.asarray(result)[...] = 0
+        for buffer in buffers:
+            places.append((dlpack.address(buffer.__dlpack__()), np.asarray(buffer).ctypes.data))
+
+    x = np.zeros(8, np.dtype(jax.numpy.dtype(dtype)))
+    result = jax.ShapeDtypeStruct((1,), np.float32)
+    buffer_callback(look, result)(*on_jax("host", x, x)).block_until_ready()
+    assert len(places) == 2
+    assert all(told == lies for told, lies in places)
