@@ -163,7 +163,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
             Query rows of every request, its last tokens: row `i` of them sees keys up to
             `kv_len - q_len_per_req + i`.
         block_tables, seq_lens
-            Not served yet; anything but the default raises `NotImplementedError`.
+            Not served; anything but the default raises `NotImplementedError`.
 
         Raises
         ------
@@ -275,7 +275,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         sinks : float32 array [num_qo_heads], optional
             Logits of each head's attention sink, which adds `exp(sink)` to the denominator alone.
         enable_pdl, skip_softmax_threshold_scale_factor, kv_cache_sf
-            Not served yet; anything but the default raises `NotImplementedError`.
+            Not served; anything but the default raises `NotImplementedError`.
 
         Returns
         -------

@@ -183,7 +183,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedAttention):
         use_fp16_qk_reduction, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, \
 max_item_len_ptr, seq_lens, seq_lens_q, block_tables, max_token_per_sequence, max_sequence_kv, \
 uniform_q_len
-            Not served yet; anything but the default raises `NotImplementedError`.
+            Not served; anything but the default raises `NotImplementedError`.
 
         Raises
         ------
@@ -301,7 +301,7 @@ uniform_q_len
             Logits of each head's attention sink, which adds `exp(sink)` to the denominator alone.
         lse_layout, enable_pdl, kv_cache_sf, skip_softmax_threshold_scale_factor, \
 use_fp16_softmax, uses_spcompress
-            Not served yet; anything but the default raises `NotImplementedError`.
+            Not served; anything but the default raises `NotImplementedError`.
 
         Returns
         -------
