@@ -7,10 +7,8 @@ lengths are those of one before finds its plan again.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import cached_property
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +16,7 @@ import numpy.typing as npt
 
 from cupaged import arrays, bands, devices
 from cupaged.bands import Band
+from cupaged.kept_plans import KeptPlans
 from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
 from cupaged.ragged import BatchPrefillWithRaggedKVCacheWrapper
 
@@ -161,8 +160,7 @@ class Planned(NamedTuple):
     owners: tuple[Any, ...]
 
 
-_plans: OrderedDict[Hashable, Planned] = OrderedDict()
-_lock = Lock()
+_plans: KeptPlans[Hashable, Planned] = KeptPlans(_MOST_PLANS)
 
 
 def planned(
@@ -199,17 +197,11 @@ def planned(
             "made with use_cuda_graph=True"
         )
     key = (call, place, key)
-    with _lock:
-        found = _plans.get(key)
-        if found is not None:
-            _plans.move_to_end(key)
-            return found
-    made = _plan(call, device, describe(), owners)
-    with _lock:
-        _plans[key] = made
-        while len(_plans) > _MOST_PLANS:
-            _plans.popitem(last=False)
-    return made
+    found = _plans.get(key)
+    if found is None:
+        found = _plan(call, device, describe(), owners)
+        _plans.put(key, found)
+    return found
 
 
 def _plan(call: Call, device: int | None, batch: Batch, owners: tuple[Any, ...]) -> Planned:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupaged import arrays, unserved, validate
-from cupaged.opaque import callers_level, opaque
+from cupaged import arrays, single_plans, unserved, validate, validate_lengths
+from cupaged.opaque import opaque
 from cupaged.ragged import BatchPrefillWithRaggedKVCacheWrapper
-from cupaged.spec import DTYPES, FLOAT8_DTYPES, SERVED_DTYPES
+from cupaged.spec import DTYPES, FLOAT8_DTYPES, RAGGED, SERVED_DTYPES, AttentionSpec
 from cupaged.validate_lengths import SINGLE_NAMES
 from cupaged.validate_run import words_of_dtype
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _KV_DTYPES = (*SERVED_DTYPES, *FLOAT8_DTYPES)
-
-#: Frames from a warning to who called a function of this room.
-_CALLER = 4
 
 
 @opaque
@@ -47,8 +44,8 @@ def single_prefill_with_kv_cache(
 ) -> Any:
     """Attention of one request.
 
-    Every call plans anew. Where lengths repeat, layer after layer, a
-    `BatchPrefillWithRaggedKVCacheWrapper` plans once.
+    The last plans are kept: a call with shapes, dtypes and options of one before, of the same
+    thread on the same stream, doesn't plan. With a custom mask every call does.
 
     Parameters
     ----------
@@ -83,6 +80,8 @@ rope_theta, backend, k_scale, v_scale, sinks
     ------
     TypeError, ValueError
         Names the argument, what was expected and what came.
+    RuntimeError
+        A CUDA graph is being recorded, and no plan is kept, or there is a custom mask.
     NotImplementedError
         A legal request that no backend serves.
     BackendUnavailableError
@@ -92,18 +91,22 @@ rope_theta, backend, k_scale, v_scale, sinks
     -----
     CupagedWarning
         `causal` with more queries than keys.
+
+    Notes
+    -----
+    A call may be recorded in a CUDA graph once the same thread has made one alike, on any stream;
+    replays have to come behind that one. The graph's plan is its own, and stays until the process
+    ends; recorded again on the same stream without another call before, graphs share one, and must
+    not be replayed at once.
     """
     unserved.refuse(
         unserved.SINGLE_PREFILL, (scale_q, scale_k, scale_v, use_fp16_qk_reduction, kv_cache_sf)
     )
-    return_lse = validate.flag(return_lse, "return_lse")
-    wrapper = _wrapper(q, kv_layout, backend)
-    lengths, geometry, dtypes = _describe(q, k, v, kv_layout, ("qo_len", "num_qo_heads"))
-    wrapper._plan_rows(
-        *lengths,
-        *geometry,
-        **dtypes,
-        o_data_type=o_dtype,
+    return _attend(
+        "single_prefill_with_kv_cache",
+        *(q, k, v, ("qo_len", "num_qo_heads"), kv_layout, backend),
+        {"k_scale": k_scale, "v_scale": v_scale, "return_lse": return_lse, "sinks": sinks},
+        o_dtype=o_dtype,
         custom_mask=custom_mask,
         packed_custom_mask=packed_custom_mask,
         causal=causal,
@@ -113,12 +116,6 @@ rope_theta, backend, k_scale, v_scale, sinks
         logits_soft_cap=logits_soft_cap,
         rope_scale=rope_scale,
         rope_theta=rope_theta,
-        given=(q,),
-        names=SINGLE_NAMES,
-        stacklevel=callers_level(_CALLER),
-    )
-    return wrapper.run(
-        q, k, v, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse, sinks=sinks
     )
 
 
@@ -148,7 +145,7 @@ def single_decode_with_kv_cache(
 ) -> Any:
     """Attention of the newest token of one request.
 
-    Every call plans anew, as `single_prefill_with_kv_cache()` does.
+    Plans are kept, and calls recorded in CUDA graphs, as with `single_prefill_with_kv_cache()`.
 
     Parameters
     ----------
@@ -177,39 +174,122 @@ sm_scale, rope_scale, rope_theta, sinks
     ------
     TypeError, ValueError
         Names the argument, what was expected and what came.
+    RuntimeError
+        A CUDA graph is being recorded, and no plan is kept.
     NotImplementedError
         A legal request that no backend serves.
     BackendUnavailableError
         Device arrays without a GPU or NVRTC that serve them.
     """
     validate.flag(use_tensor_cores, "use_tensor_cores")
-    return_lse = validate.flag(return_lse, "return_lse")
-    wrapper = _wrapper(q, kv_layout, "auto")
-    lengths, geometry, dtypes = _describe(q, k, v, kv_layout, ("num_qo_heads",))
-    wrapper._plan_rows(
-        *lengths,
-        *geometry,
-        **dtypes,
+    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    result = _attend(
+        "single_decode_with_kv_cache",
+        *(q, k, v, ("num_qo_heads",), kv_layout, "auto"),
+        {**scales, "return_lse": return_lse, "sinks": sinks},
         pos_encoding_mode=pos_encoding_mode,
         sm_scale=sm_scale,
         window_left=window_left,
         logits_soft_cap=logits_soft_cap,
         rope_scale=rope_scale,
         rope_theta=rope_theta,
-        given=(q,),
-        names=SINGLE_NAMES,
     )
-    out, lse = wrapper.run(
-        q.reshape((1, *q.shape)),
-        *(k, v),
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        return_lse=True,
-        sinks=sinks,
+    if not return_lse:
+        return result.reshape(result.shape[1:])
+    return tuple(x.reshape(x.shape[1:]) for x in result)
+
+
+def _attend(
+    function: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    axes: tuple[str, ...],
+    kv_layout: str,
+    backend: str,
+    run_options: dict[str, Any],
+    *,
+    o_dtype: Any = None,
+    causal: bool = False,
+    **options: Any,
+) -> Any:
+    """`run()` of a plan that is kept or made.
+
+    Parameters
+    ----------
+    function : str
+        The public function's name.
+    q, k, v, kv_layout, backend
+        As that one takes them.
+    axes : tuple of str
+        Of q, but for the last one.
+    run_options : dict
+        Of the wrapper's `run()`.
+    o_dtype, causal, **options
+        Of the plan, as `single_prefill_with_kv_cache()` takes them.
+    """
+    validate.flag(run_options["return_lse"], "return_lse")
+    wrapper = _wrapper(q, kv_layout, backend)
+    (qo_len, kv_len), geometry, dtypes = _describe(q, k, v, kv_layout, axes)
+    spec = _spec(geometry, dtypes, o_dtype, causal, **options)
+    place = single_plans.place_of(q)
+    call = single_plans.Call(spec, qo_len, kv_len, kv_layout, backend)
+    kept = None
+    if spec.custom_mask:
+        single_plans.refuse_recorded_mask(place, function)
+    else:
+        kept = single_plans.find(call, place, function)
+    if kept is None:
+        wrapper._plan_rows(
+            *([0, qo_len], [0], [kv_len]),
+            *geometry,
+            q_data_type=dtypes[0],
+            kv_data_type=dtypes[1],
+            o_data_type=o_dtype,
+            causal=causal,
+            **options,
+            given=(q,),
+            names=SINGLE_NAMES,
+        )
+    else:
+        wrapper = kept
+        assert wrapper._plan is not None
+        lengths = wrapper._plan.schedule.lengths
+        validate_lengths.warn_of_too_few_keys(spec, lengths, SINGLE_NAMES)
+    rows = q if len(axes) == 2 else q.reshape((1, *q.shape))
+    result = wrapper.run(rows, k, v, **run_options)
+    if kept is None and not spec.custom_mask:
+        single_plans.keep(call, place, wrapper)
+    return result
+
+
+def _spec(
+    geometry: tuple[int, int, int, int],
+    dtypes: tuple[str, str],
+    o_dtype: Any,
+    causal: bool,
+    *,
+    custom_mask: Any = None,
+    packed_custom_mask: Any = None,
+    pos_encoding_mode: str,
+    sm_scale: float | None,
+    window_left: int,
+    logits_soft_cap: float | None,
+    rope_scale: float | None,
+    rope_theta: float | None,
+) -> AttentionSpec:
+    """What a plan will be of, checked as `_plan_rows()` does: equal ones are served by one plan."""
+    masked = custom_mask is not None or packed_custom_mask is not None
+    out = dtypes[0] if o_dtype is None else arrays.dtype_name(o_dtype, "o_data_type")
+    return validate.attention_spec(
+        *(*geometry, RAGGED, causal, sm_scale),
+        (*dtypes, out),
+        "NHD",
+        SINGLE_NAMES.head_dim,
+        validate.Features(
+            *(window_left, logits_soft_cap, pos_encoding_mode, rope_scale, rope_theta, masked)
+        ),
     )
-    out = out.reshape(out.shape[1:])
-    return (out, lse.reshape(lse.shape[1:])) if return_lse else out
 
 
 def _wrapper(q: Any, kv_layout: str, backend: str) -> BatchPrefillWithRaggedKVCacheWrapper:
@@ -221,8 +301,8 @@ def _wrapper(q: Any, kv_layout: str, backend: str) -> BatchPrefillWithRaggedKVCa
 
 def _describe(
     q: Any, k: Any, v: Any, kv_layout: str, axes: tuple[str, ...]
-) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
-    """Lengths, heads and dtypes of one request's arrays, as `_plan_rows()` takes them.
+) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[str, str]]:
+    """Lengths, heads and dtypes of one request's arrays, in the order of `_plan_rows()`.
 
     `axes` are q's but for the last one.
     """
@@ -242,12 +322,9 @@ def _describe(
         raise ValueError(f"v has {values.shape[rows]} rows, expected {kv_len} as k does")
     qo_len = queries.shape[0] if len(axes) == 2 else 1
     return (
-        ([0, qo_len], [0], [kv_len]),
+        (qo_len, kv_len),
         (queries.shape[-2], num_kv_heads, keys.shape[-1], values.shape[-1]),
-        {
-            "q_data_type": _dtype(queries, "q", SERVED_DTYPES),
-            "kv_data_type": _dtype(keys, "k", _KV_DTYPES),
-        },
+        (_dtype(queries, "q", SERVED_DTYPES), _dtype(keys, "k", _KV_DTYPES)),
     )
 
 
