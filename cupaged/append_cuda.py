@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from cupaged import kernels
 from cupaged.append import Indices, Slots, Uploaded
 from cupaged.device_plan import magic
 from cupaged.devices import cupy, device_model, is_recorded
+from cupaged.launch_arguments import ArgumentLayout, Arguments
 from cupaged.staging import Upload, upload
 
 #: How the kernel learns of the rows' slots: they come with the launch; they were uploaded; it looks
@@ -71,17 +71,14 @@ SLOTS_DTYPES: dict[Way, np.dtype[Any]] = {
     ),
 }
 
-# What a launch is given: pointers to its two parameters, and then these.
-APPEND_BEGIN = 16
-SLOTS_BEGIN = APPEND_BEGIN + APPEND_DTYPE.itemsize
-_ARGUMENT_BYTES = SLOTS_BEGIN + max(dtype.itemsize for dtype in SLOTS_DTYPES.values())
-_POINTERS = struct.Struct("2Q")
+#: What a launch is given.
+LAYOUT = ArgumentLayout(
+    APPEND_DTYPE.itemsize, max(dtype.itemsize for dtype in SLOTS_DTYPES.values())
+)
+APPEND_BEGIN, SLOTS_BEGIN = LAYOUT.begins
 _APPEND = struct.Struct("4Q10q3i2Ii")
 _ADDRESS = struct.Struct("Q")
 _ARRAYS = struct.Struct("Qqi4x" * len(Indices._fields) + "q3i2I")
-
-#: What `cuLaunchKernel` takes, and its address.
-Argument: TypeAlias = tuple[bytearray, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +147,7 @@ KERNELS = [AppendKernel(unit_bytes, way) for way in SLOTS_DTYPES for unit_bytes 
 # (unit_bytes, way, device) → the kernel's `CUfunction`
 _functions: dict[tuple[int, Way, int], int] = {}
 
-# Arguments that no call is using. A call takes one off and puts it back, so that calls of other
-# threads meanwhile have others.
-_spare: list[Argument] = []
+_arguments = Arguments(LAYOUT)
 
 
 def on_host(indices: Indices, stream: int) -> Indices:
@@ -237,10 +232,7 @@ def run(
     function = _functions.get((unit_bytes, way, device))
     if function is None:
         function = _load(unit_bytes, way, device, stream)
-    try:
-        memory, address = _spare.pop()
-    except IndexError:
-        memory, address = _new_argument()
+    memory, address = argument = _arguments.take()
     _APPEND.pack_into(
         *(memory, APPEND_BEGIN, key_pointer, value_pointer, k_pointer, v_pointer),
         *(key_row, key_head, value_row, value_head),
@@ -259,8 +251,7 @@ def run(
     cupy().cuda.driver.launchKernel(
         *(function, shape.blocks, shape.parts, 1, NUM_THREADS, 1, 1, 0, stream, address, 0)
     )
-    # The driver has copied the argument.
-    _spare.append((memory, address))
+    _arguments.put_back(argument)
 
 
 class LaunchShape(NamedTuple):
@@ -330,14 +321,6 @@ def _load(unit_bytes: int, way: Way, device: int, stream: int) -> int:
     found = kernels.load(kernel, device_model(device).arch, device)
     _functions[unit_bytes, way, device] = found
     return found
-
-
-def _new_argument() -> Argument:
-    """Another argument, empty but for the pointers."""
-    memory = bytearray(_ARGUMENT_BYTES)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    _POINTERS.pack_into(memory, 0, address + APPEND_BEGIN, address + SLOTS_BEGIN)
-    return memory, address
 
 
 def _pack_arrays(memory: bytearray, indices: Indices, num_pages: int, page_size: int) -> None:

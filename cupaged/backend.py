@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cupaged import cuda, devices, reference, schedule, tiles
+from cupaged.device_pages import DevicePages
 from cupaged.device_plan import DevicePlan, PlacedPlan
 from cupaged.errors import BackendUnavailableError
 from cupaged.schedule import Schedule
@@ -51,6 +52,13 @@ def device_model(device: int | None) -> DeviceModel:
     return HOST_MODEL if device is None else devices.device_model(device)
 
 
+def upload_pages(
+    page_indices: npt.NDArray[np.int32], lengths: schedule.Lengths, device: int
+) -> DevicePages:
+    """A page table on CUDA device `device`, the current one."""
+    return DevicePages(page_indices, lengths.paged_kv_indptr, device)
+
+
 def refuse_recording(stream: int) -> None:
     """Refuse a plan on a stream that is being recorded: its copies would become part of the graph.
 
@@ -78,6 +86,8 @@ class Plan:
         The caller's bytes for partial states.
     placed : PlacedPlan, optional
         The one device's that it is for, where it can't be another.
+    device_pages : DevicePages, optional
+        The page table on a device.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class Plan:
         highest_page: int,
         workspace: Any | None,
         placed: PlacedPlan | None = None,
+        device_pages: DevicePages | None = None,
     ) -> None:
         self.schedule = planned
         self.nnz_qo = planned.lengths.nnz_qo
@@ -94,6 +105,7 @@ class Plan:
         self.highest_page = highest_page
         self.workspace = workspace
         self._placed = placed
+        self._device_pages = device_pages
         self._on_device: dict[int, PlacedPlan] = {}
         if placed is not None:
             self._on_device[placed.device] = placed
@@ -117,7 +129,10 @@ class Plan:
             planned = self.schedule
             if tiles.tile_class(model.arch) != tiles.tile_class(planned.device.arch):
                 planned = schedule.rebuild(planned, model)
-            found = DevicePlan(planned, self.page_indices, device, self.workspace)
+            pages, self._device_pages = self._device_pages, None
+            if pages is None or pages.device != device:
+                pages = upload_pages(self.page_indices, planned.lengths, device)
+            found = DevicePlan(planned, pages, device, self.workspace)
             self._on_device[device] = found
         return found
 

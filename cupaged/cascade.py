@@ -15,11 +15,12 @@ from cupaged import (
     validate_run,
 )
 from cupaged.cascade_scratch import GraphScratch, refuse_capture, scratch
-from cupaged.errors import CupagedWarning
+from cupaged.errors import CupagedWarning, warn
 from cupaged.merge import States
 from cupaged.merging import merge_where_they_are
 from cupaged.opaque import opaque
-from cupaged.paged_attention import dtype_names, import_cache
+from cupaged.paged_attention import import_cache
+from cupaged.planned_attention import dtype_names
 from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
 from cupaged.spec import DTYPES, AttentionSpec
 from cupaged.validate_cascade import Level, of_level
@@ -255,7 +256,7 @@ paged_kv_last_page_len_buf_arr : list of int32 array, optional
         validate_cascade.nested(levels)
         mistakes = validate_cascade.mistakes(levels, spec.causal)
         for mistake in mistakes:
-            warnings.warn(mistake, CupagedWarning, stacklevel=2)
+            warn(mistake)
         device, stream = self._wrappers[0].planning_place(tuple(x for xs in given for x in xs))
         with arrays.on(device, stream), warnings.catch_warnings() if mistakes else nullcontext():
             if mistakes:

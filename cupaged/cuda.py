@@ -128,10 +128,7 @@ def run(
             )
             if maps is None:
                 function = plan.without_maps(ready.config, recorded)
-        try:
-            memory, address = ready.spare.pop()
-        except IndexError:
-            memory, address = ready.new_argument()
+        memory, address = argument = ready.arguments.take()
         _TENSORS.pack_into(memory, PARAMS_BEGIN, *tensors)
         _FACTORS.pack_into(memory, _FACTORS_BEGIN, *numbers)
         if maps is not None:
@@ -140,8 +137,7 @@ def run(
             *(function, ready.grid, 1, 1, ready.num_threads, 1, 1, ready.shared_bytes),
             *(stream, address, 0),
         )
-        # The driver has copied the argument.
-        ready.spare.append((memory, address))
+        ready.arguments.put_back(argument)
     if waits:
         # The plan's memory is freed in the order of the stream it was made on.
         plan.stream.wait_event(cuda.get_current_stream().record())

@@ -6,7 +6,8 @@ from typing import Any
 
 from cupaged import arrays, unserved, validate, validate_lengths
 from cupaged.graph_buffers import graph_buffers
-from cupaged.paged_attention import PagedAttention, dtype_names
+from cupaged.paged_attention import PagedAttention
+from cupaged.planned_attention import dtype_names
 from cupaged.spec import FLOAT8_DTYPES
 
 

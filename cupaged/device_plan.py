@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import struct
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from cupaged import kernels, tensor_maps
+from cupaged.device_pages import DevicePages
 from cupaged.devices import cupy, device_model
 from cupaged.kernel_spec import PARAMS_DTYPE, KernelConfig, field_offset
+from cupaged.launch_arguments import ArgumentLayout, Arguments
 from cupaged.schedule import IntArray, Schedule
 from cupaged.spec import DTYPES, RAGGED, AttentionSpec
 from cupaged.staging import Upload, upload
@@ -21,11 +22,9 @@ from cupaged.variant_tables import Addresses, mask_tables, spec_tables
 
 _LOG2_E = math.log2(math.e)
 
-#: What a launch is given: pointers to its three parameters, and then these.
-PARAMS_BEGIN = 32
-MAPS_BEGIN = PARAMS_BEGIN + PARAMS_DTYPE.itemsize
-_ARGUMENT_BYTES = MAPS_BEGIN + 2 * TENSOR_MAP_BYTES
-_POINTERS = struct.Struct("3Q")
+#: What a launch is given; the two maps lie one behind the other.
+_LAYOUT = ArgumentLayout(PARAMS_DTYPE.itemsize, TENSOR_MAP_BYTES, TENSOR_MAP_BYTES)
+PARAMS_BEGIN, MAPS_BEGIN, _ = _LAYOUT.begins
 # The fields of PARAMS_DTYPE that a plan decides, in their order: ten pointers and eleven numbers.
 _PLAN = struct.Struct("10Q6i4If")
 _PLAN_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "items")
@@ -45,10 +44,6 @@ def magic(divisor: int) -> tuple[int, int]:
     return -(-(1 << (31 + bits)) // divisor), bits - 1
 
 
-#: What `cuLaunchKernel` takes, and its address.
-Argument: TypeAlias = tuple[bytearray, int]
-
-
 class ReadyLaunch(NamedTuple):
     """A launch with everything but the arrays of a call.
 
@@ -62,9 +57,8 @@ class ReadyLaunch(NamedTuple):
         Keys of a box of the tensor maps of K and V; 0 for kernels that take no tensor maps.
     parameters : tuple of int
         What the plan decides.
-    spare : list of Argument
-        Arguments that no call is using. A call takes one off and puts it back, so that calls of
-        other threads meanwhile have others.
+    arguments : Arguments
+        With those; the call's own part is still empty.
     """
 
     function: int
@@ -74,16 +68,7 @@ class ReadyLaunch(NamedTuple):
     shared_bytes: int
     box_rows: int
     parameters: tuple[float, ...]
-    spare: list[Argument]
-
-    def new_argument(self) -> Argument:
-        """Another argument; the call's own part of it is still empty."""
-        memory = bytearray(_ARGUMENT_BYTES)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        begins = (PARAMS_BEGIN, MAPS_BEGIN, MAPS_BEGIN + TENSOR_MAP_BYTES)
-        _POINTERS.pack_into(memory, 0, *(address + begin for begin in begins))
-        _PLAN.pack_into(memory, _PLAN_BEGIN, *self.parameters)
-        return memory, address
+    arguments: Arguments
 
 
 class PlacedPlan:
@@ -151,7 +136,8 @@ class DevicePlan(PlacedPlan):
     Parameters
     ----------
     schedule : Schedule
-    page_indices : int32 [paged_kv_indptr[-1]], on the host
+    pages : DevicePages
+        On the same device, uploaded to the same stream.
     device : int
         CUDA device, the current one; the upload goes to its current stream.
     workspace : cupy.ndarray, optional
@@ -161,7 +147,7 @@ class DevicePlan(PlacedPlan):
     def __init__(
         self,
         schedule: Schedule,
-        page_indices: IntArray,
+        pages: DevicePages,
         device: int,
         workspace: Any | None,
     ) -> None:
@@ -174,17 +160,14 @@ class DevicePlan(PlacedPlan):
         self._partials = None
         if needed:
             self._partials = memory(needed) if workspace is None else workspace.data
+        self._pages = pages
         self.stream = cupy().cuda.get_current_stream()
-        tables = _tables(schedule)
-        parts = _parts(schedule, page_indices, tables)
-        offsets, counters, size = _layout(schedule, parts)
-        self._block = memory(size * 4)
-        placed = list(zip(offsets, parts, strict=True))
-        self.uploaded = upload([Upload(self._block, size, placed)], device, self.stream)
+        layout = _layout(schedule)
+        self._block = memory(layout.size * 4)
+        upload_of = Upload(self._block, layout.size, layout.parts)
+        self.uploaded = upload([upload_of], device, self.stream)
         begin = self._block.ptr
-        pages, *others = [begin + offset * 4 for offset in offsets]
-        items = others[: len(schedule.launches)]
-        extras = Addresses(**dict(zip(tables, others[len(items) :], strict=True)))
+        extras = Addresses(**{name: begin + at * 4 for name, at in layout.tables.items()})
         partials = 0 if self._partials is None else self._partials.ptr
         self.launches = tuple(
             ready(
@@ -192,44 +175,59 @@ class DevicePlan(PlacedPlan):
                 launch.config,
                 launch.grid,
                 kernel,
-                (item, pages),
+                (begin + items * 4, pages.address),
                 (partials, launch.num_partial_rows(spec)),
                 (begin + counter * 4, begin + (counter + 2) * 4),
                 len(launch.item_fields),
                 extras,
             )
-            for launch, kernel, item, counter in zip(
-                schedule.launches, loaded, items, counters, strict=True
+            for launch, kernel, (items, _), counter in zip(
+                schedule.launches, loaded, layout.parts, layout.counters, strict=False
             )
         )
 
 
-def _tables(schedule: Schedule) -> dict[str, IntArray]:
-    """What the plan's variants read."""
-    tables = spec_tables(schedule.spec)
-    return tables if schedule.mask is None else {**tables, **mask_tables(schedule.mask)}
+class _Layout(NamedTuple):
+    """How all that a plan uploads but the pages lies in one block; all in int32.
+
+    Attributes
+    ----------
+    parts : list of (int, int32 array)
+        Where each launch's items begin, and then the tables of variants.
+    tables : dict
+        Where each of these begins.
+    counters : list of int
+        Where each launch's counters begin.
+    size : int
+    """
+
+    parts: list[tuple[int, IntArray]]
+    tables: dict[str, int]
+    counters: list[int]
+    size: int
 
 
-def _parts(
-    schedule: Schedule, page_indices: IntArray, tables: dict[str, IntArray]
-) -> list[IntArray]:
-    """What a plan uploads: pages, each launch's items, and its variants' tables."""
-    items = [launch.item_fields.reshape(-1) for launch in schedule.launches]
-    return [page_indices, *items, *tables.values()]
-
-
-def _layout(schedule: Schedule, parts: list[IntArray]) -> tuple[list[int], list[int], int]:
-    """Where the parts and each launch's counters begin in one block, and its size, in int32."""
-    offsets, counters, size = [], [], 0
-    for part in parts:
-        offsets.append(size)
-        size += (len(part) + _ALIGNMENT) // _ALIGNMENT * _ALIGNMENT
+def _layout(schedule: Schedule) -> _Layout:
+    parts: list[tuple[int, IntArray]] = []
+    size = 0
+    for launch in schedule.launches:
+        parts.append((size, launch.item_fields.reshape(-1)))
+        size += (launch.item_fields.size + _ALIGNMENT) // _ALIGNMENT * _ALIGNMENT
+    tables = {}
+    contents = spec_tables(schedule.spec)
+    if schedule.mask is not None:
+        contents = {**contents, **mask_tables(schedule.mask)}
+    for name, table in contents.items():
+        tables[name] = size
+        parts.append((size, table))
+        size += (len(table) + _ALIGNMENT) // _ALIGNMENT * _ALIGNMENT
+    counters = []
     for launch in schedule.launches:
         counters.append(size)
         # Two work counters, then one for each (part of a) split tile and KV head.
         merges = launch.num_merges * schedule.spec.num_kv_heads
         size += 2 + merges * launch.config.splits_merged_by
-    return offsets, counters, size
+    return _Layout(parts, tables, counters, size)
 
 
 def ready(
@@ -265,32 +263,23 @@ def ready(
     """
     address, rows = partials
     work_counters, merge_counters = counters
+    parameters = (
+        *(*tables, address, address + rows * spec.head_dim_vo * 4),
+        *(merge_counters, work_counters, *extras, num_items, *_numbers(spec)),
+    )
     return ReadyLaunch(
-        function=kernel,
-        config=config,
-        grid=grid,
-        num_threads=config.num_threads,
-        shared_bytes=config.shared_bytes,
-        box_rows=_box_rows(config, spec.page_size),
-        parameters=(
-            *tables,
-            address,
-            address + rows * spec.head_dim_vo * 4,
-            merge_counters,
-            work_counters,
-            *extras,
-            num_items,
-            *_numbers(spec),
-        ),
-        spare=[],
+        *(kernel, config, grid, *_block_shape(config, spec.page_size), parameters),
+        Arguments(_LAYOUT, lambda memory: _PLAN.pack_into(memory, _PLAN_BEGIN, *parameters)),
     )
 
 
-def _box_rows(config: KernelConfig, page_size: int) -> int:
-    """Keys that one box of a tensor map brings; 0 where the kernel takes none."""
-    if config.family != "prefill_sm90" or not config.page_aligned:
-        return 0
-    return tensor_maps.box_rows(page_size, config.cta_tile_kv)
+@functools.lru_cache(maxsize=256)
+def _block_shape(config: KernelConfig, page_size: int) -> tuple[int, int, int]:
+    """`num_threads`, `shared_bytes` and `box_rows` of a launch."""
+    rows = 0
+    if config.family == "prefill_sm90" and config.page_aligned:
+        rows = tensor_maps.box_rows(page_size, config.cta_tile_kv)
+    return config.num_threads, config.shared_bytes, rows
 
 
 @functools.lru_cache(maxsize=64)

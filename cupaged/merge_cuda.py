@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupaged import kernels
 from cupaged.device_plan import magic
 from cupaged.devices import cupy, device_model, is_recorded
+from cupaged.launch_arguments import ArgumentLayout, Arguments
 from cupaged.merge import States
 from cupaged.spec import DTYPES
 
@@ -47,18 +47,13 @@ MERGE_DTYPE = np.dtype(
     align=True,
 )
 
-# What a launch is given: a pointer to its parameter, and then this.
-PARAMS_BEGIN = 16
-_POINTER = struct.Struct("Q")
+#: What a launch is given.
+LAYOUT = ArgumentLayout(MERGE_DTYPE.itemsize)
+(_PARAMS_BEGIN,) = LAYOUT.begins
 # The fields of MERGE_DTYPE, in their order: seven pointers, fifteen strides, seven numbers.
 _PARAMS = struct.Struct("7Q15q4i2Ii")
 
-#: What `cuLaunchKernel` takes, and its address.
-Argument: TypeAlias = tuple[bytearray, int]
-
-# Arguments that no call is using. A call takes one off and puts it back, so that calls of other
-# threads meanwhile have others.
-_spare: list[Argument] = []
+_arguments = Arguments(LAYOUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +201,9 @@ def run(device: int, stream: int, states: States, v_out: Any, s_out: Any, mask: 
     function = load(v_out.dtype, aligned, num_states, device, stream)
     num_vectors = row_bytes // _VECTOR_BYTES if aligned else head_dim
     shape = launch_shape(num_rows, num_heads, num_vectors)
-    try:
-        memory, address = _spare.pop()
-    except IndexError:
-        memory, address = _new_argument()
+    memory, address = argument = _arguments.take()
     _PARAMS.pack_into(
-        *(memory, PARAMS_BEGIN),
+        *(memory, _PARAMS_BEGIN),
         *(pointer for pointer, _ in (*tensors, *lses)),
         mask_pointer,
         *(stride for _, strides in (*tensors, *lses) for stride in strides),
@@ -220,8 +212,7 @@ def run(device: int, stream: int, states: States, v_out: Any, s_out: Any, mask: 
     cupy().cuda.driver.launchKernel(
         *(function, shape.blocks, 1, 1, NUM_THREADS, 1, 1, 0, stream, address, 0)
     )
-    # The driver has copied the argument.
-    _spare.append((memory, address))
+    _arguments.put_back(argument)
 
 
 class LaunchShape(NamedTuple):
@@ -267,11 +258,3 @@ def _place(array: Any | None, axes: int) -> tuple[int, tuple[int, ...]]:
         for length, stride in zip(array.shape[:axes], array.strides, strict=False)
     )
     return array.data.ptr, strides
-
-
-def _new_argument() -> Argument:
-    """Another argument, empty but for the pointer."""
-    memory = bytearray(PARAMS_BEGIN + MERGE_DTYPE.itemsize)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    _POINTER.pack_into(memory, 0, address + PARAMS_BEGIN)
-    return memory, address

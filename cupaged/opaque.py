@@ -11,9 +11,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-#: Whose frames are between an opaque function and its caller.
-_BETWEEN = (__name__, "torch._dynamo.eval_frame")
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -40,18 +37,3 @@ def opaque(function: _Function) -> _Function:
     marked._torchdynamo_disable = True
     marked._torchdynamo_disable_msg = "it computes with NumPy and CUDA, which can't be traced"
     return cast(_Function, call)
-
-
-def callers_level(stacklevel: int) -> int:
-    """`stacklevel` of a warning that the calling opaque function gives rise to.
-
-    Parameters
-    ----------
-    stacklevel : int
-        As it would be if the function were called directly.
-    """
-    frame = sys._getframe(1).f_back
-    while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
-        stacklevel += 1
-        frame = frame.f_back
-    return stacklevel

@@ -1,226 +1,36 @@
-"""What the wrappers of attention over a paged cache share: a plan, and running it."""
+"""What the wrappers of attention over a paged cache share: running a plan."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import numpy as np
-
-from cupaged import arrays, schedule, torch_ops, validate, validate_lengths, validate_run
+from cupaged import arrays, torch_ops, validate, validate_run
 from cupaged import backend as backend_room
-from cupaged.graph import Graph
-from cupaged.graph_buffers import GraphBuffers
+from cupaged.planned_attention import PlannedAttention
 from cupaged.replan import replan
-from cupaged.schedule import Lengths
-from cupaged.spec import DTYPES, AttentionSpec, KVLayout
-from cupaged.validate_lengths import Names
-
-if TYPE_CHECKING:
-    from cupaged.masks import CustomMask
+from cupaged.spec import DTYPES, AttentionSpec
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
-#: Index arrays that can't be on a device.
-_ON_THE_HOST = (np.ndarray, list, tuple, range)
 
-
-class PagedAttention:
+class PagedAttention(PlannedAttention):
     """A plan of a ragged batch, and the attention that was planned.
 
     Parameters
     ----------
-    float_workspace_buffer : array or None
-    kv_layout : {"NHD", "HND"}
-    backend : {"auto", "reference", "cuda"}
-    graph_buffers : GraphBuffers or None
-        What a plan may hold at most whose run is recorded in a CUDA graph; None where none is.
+    float_workspace_buffer, kv_layout, backend, graph_buffers
+        As `PlannedAttention` takes them.
     """
 
-    #: What `plan()` calls its arguments, and where the number of q's rows comes from.
-    _names: ClassVar[Names]
+    #: Where the number of q's rows comes from.
     _rows_are: ClassVar[str]
     #: What `run()` calls K and V.
     _kv_names: ClassVar[tuple[str, str]] = ("k cache", "v cache")
 
     run: Callable[..., Any]
-
-    def __init__(
-        self,
-        float_workspace_buffer: Any,
-        kv_layout: str,
-        backend: str,
-        graph_buffers: GraphBuffers | None,
-    ) -> None:
-        self.kv_layout = cast(KVLayout, validate.choice(kv_layout, "kv_layout", ("NHD", "HND")))
-        known = (*backend_room.BACKENDS, *backend_room.ALIASES)
-        chosen = validate.choice(backend, "backend", known)
-        self._backend = cast(backend_room.Backend, backend_room.ALIASES.get(chosen, chosen))
-        if graph_buffers is not None and backend == "reference":
-            raise ValueError("use_cuda_graph=True with backend='reference', which launches nothing")
-        self._graph = None if graph_buffers is None else Graph(graph_buffers)
-        self._plan: backend_room.Plan | None = None
-        # Plans that a CUDA graph holds though the wrapper was not made for one: they stay as they
-        # are, whatever is planned after them.
-        self._recorded: set[backend_room.Plan] = set()
-        self.reset_workspace_buffer(float_workspace_buffer)
-
-    @property
-    def is_cuda_graph_enabled(self) -> bool:
-        """Whether plans keep their addresses, so that a CUDA graph may hold a run."""
-        return self._graph is not None
-
-    def reset_workspace_buffer(
-        self, float_workspace_buffer: Any, int_workspace_buffer: Any = None
-    ) -> None:
-        """Take another workspace from the next `plan()` on.
-
-        Parameters
-        ----------
-        float_workspace_buffer : array or None
-            As the constructor takes it.
-        int_workspace_buffer : array, optional
-            For FlashInfer's callers; the library's index arrays are its own.
-
-        Raises
-        ------
-        RuntimeError
-            A run is recorded in a CUDA graph, which holds the present workspace.
-        """
-        workspace = None
-        if float_workspace_buffer is not None:
-            workspace = arrays.import_tensor(float_workspace_buffer, "float_workspace_buffer")
-            validate_run.workspace(workspace)
-        if self._graph is not None:
-            self._graph.let_go()
-        self._workspace = workspace
-        self._workspace_owner = float_workspace_buffer
-
-    def _take(
-        self,
-        spec: AttentionSpec,
-        lengths: Lengths,
-        indices: Any,
-        index_arrays: tuple[Any, ...],
-        fixed_split_size: Any,
-        disable_split_kv: Any,
-        non_blocking: Any,
-        equal_rows: int | None = None,
-        mask: CustomMask | None = None,
-    ) -> None:
-        """The rest of `plan()`, once the lengths are known.
-
-        Parameters
-        ----------
-        spec : AttentionSpec
-        lengths : Lengths
-        indices : array
-            The page table, as the caller gave it.
-        index_arrays : tuple of array
-            All that the caller gave: where they live is planned for.
-        fixed_split_size, disable_split_kv, non_blocking
-            As the caller gave them.
-        equal_rows : int, optional
-            Rows of q of every request, where they can't be anything else.
-        mask : CustomMask, optional
-        """
-        names = self._names
-        choices = validate.plan_choices(fixed_split_size, disable_split_kv, non_blocking)
-        pages, highest = validate_lengths.page_indices(
-            arrays.import_index(indices, names.indices), lengths, names
-        )
-        validate_lengths.warn_of_mistakes(spec, lengths, pages, highest, names)
-        self._schedule(spec, lengths, pages, highest, index_arrays, choices, equal_rows, mask)
-
-    def _schedule(
-        self,
-        spec: AttentionSpec,
-        lengths: Lengths,
-        pages: schedule.IntArray,
-        highest: int,
-        index_arrays: tuple[Any, ...],
-        choices: validate.PlanChoices,
-        equal_rows: int | None = None,
-        mask: CustomMask | None = None,
-    ) -> None:
-        """The rest of `_take()`, once the page table is known to be right.
-
-        Parameters
-        ----------
-        pages : int32 array
-            The page table.
-        highest : int
-            What `_check_range()` compares with.
-        choices : PlanChoices
-        spec, lengths, index_arrays, equal_rows, mask
-            As `_take()` takes them.
-        """
-        splits = (choices.fixed_split_size, choices.disable_split_kv)
-        device, stream = self.planning_place(index_arrays)
-        if device is not None:
-            backend_room.refuse_recording(stream)
-        if self._graph is None:
-            model = backend_room.device_model(device)
-            built = schedule.build(spec, lengths, model, *splits, mask=mask)
-            if self._workspace is not None:
-                validate_run.workspace_size(self._workspace, built.workspace_bytes)
-            plan = backend_room.Plan(built, pages, highest, self._workspace)
-            if device is not None:
-                with arrays.on(device, stream):
-                    placed = plan.on_device(device)
-        else:
-            assert device is not None  # which planning_place() has seen to
-            with arrays.on(device, stream):
-                plan = self._graph.plan(
-                    *(spec, lengths, pages, highest, splits, equal_rows, device, mask),
-                    *(self._workspace, self._names, self._check_range),
-                )
-                placed = plan.on_device(device)
-        if device is not None and not choices.non_blocking:
-            placed.wait()
-        self._plan = plan
-        torch_ops.register(self)
-
-    def planning_place(self, index_arrays: tuple[Any, ...]) -> tuple[int | None, int]:
-        """The CUDA device to plan for, None for the host, and the stream to upload on.
-
-        Those of the workspace or of an index array; where all are on the host, the current ones.
-        """
-        if self._graph is not None and self._graph.buffers.owner is not None:
-            buffers = self._graph.buffers
-            owner = buffers.owner
-            device = arrays.device_id(
-                buffers.custom_mask if buffers.indices is None else buffers.indices
-            )
-            if self._workspace is not None:
-                validate_run.workspace_device(self._workspace, device, "the buffers are")
-            return device, arrays.caller_stream(owner)
-        if self._workspace is not None:
-            device = arrays.device_id(self._workspace)
-            if device is None and self._graph is not None:
-                raise ValueError(
-                    "float_workspace_buffer is on the host, expected a CUDA device: "
-                    "use_cuda_graph=True"
-                )
-            return device, 0 if device is None else arrays.caller_stream(self._workspace_owner)
-        for index in index_arrays:
-            if not isinstance(index, _ON_THE_HOST):
-                device = arrays.device_id(arrays.import_tensor(index, "index array"))
-                if device is not None:
-                    return device, arrays.caller_stream(index)
-        backend = "cuda" if self._graph is not None else self._backend
-        device, stream = backend_room.current_place(backend)
-        if device is not None:
-            for index in index_arrays:
-                if not isinstance(index, _ON_THE_HOST):
-                    # PyTorch's, on the host: its stream is the one that the caller works on.
-                    return device, arrays.caller_stream(index, device)
-            if self._graph is not None and not stream:
-                # Nothing orders a graph behind the plan, and who replays it may be in PyTorch.
-                stream = arrays.torch_stream(device)
-        return device, stream
 
     def _keys_and_values(self, cache: Any, q: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
         """K and V as `run()` was given them, imported and checked, and what `_check_range()` asks.
@@ -234,12 +44,6 @@ class PagedAttention:
         spec : AttentionSpec
         """
         return validate_run.cache(import_cache(cache, q), spec)
-
-    def _check_range(
-        self, pages: schedule.IntArray, highest: int, lengths: Lengths, num_pages: int
-    ) -> None:
-        """Refuse a page table of more than what `_keys_and_values()` found there to be."""
-        validate_lengths.page_range(pages, highest, lengths, num_pages, self._names)
 
     def _check_window(self, window_left: Any) -> None:
         """Refuse a window that isn't the planned one."""
@@ -378,30 +182,6 @@ class PagedAttention:
         if self._plan is not None:
             fixed = self._graph is not None
             self._plan = replan(self._plan, self._names.head_dim, causal, mode, features, fixed)
-
-    def explain(self) -> str:
-        """The plan as text: tiles, splits, work for each thread block, predicted imbalance.
-
-        Raises
-        ------
-        RuntimeError
-            There is no plan yet.
-        """
-        if self._plan is None:
-            raise RuntimeError("explain() before plan()")
-        from cupaged.explain import explain  # which nothing else needs
-
-        return explain(self._plan.schedule)
-
-
-def dtype_names(q: Any, kv: Any, o: Any) -> tuple[str, str, str]:
-    """Names of the dtypes of q, of K and V, and of the output; the latter two follow q's."""
-    name = arrays.dtype_name(q, "q_data_type")
-    return (
-        name,
-        name if kv is None else arrays.dtype_name(kv, "kv_data_type"),
-        name if o is None else arrays.dtype_name(o, "o_data_type"),
-    )
 
 
 def import_cache(paged_kv_cache: Any, q: Any) -> Any:

@@ -8,13 +8,11 @@ import numpy as np
 
 from cupaged import arrays, masks, unserved, validate, validate_lengths, validate_run
 from cupaged.graph_buffers import ragged_graph_buffers
-from cupaged.paged_attention import PagedAttention, dtype_names
+from cupaged.paged_attention import PagedAttention
+from cupaged.planned_attention import dtype_names
 from cupaged.schedule import IntArray, Lengths
 from cupaged.spec import RAGGED, AttentionSpec
 from cupaged.validate_lengths import RAGGED_NAMES, Names, count_entries
-
-#: Frames from a warning to who called `plan()`, and `_plan_rows()`.
-_PLANS_CALLER, _ROWS_CALLER = 4, 3
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(PagedAttention):
@@ -61,6 +59,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PagedAttention):
     _names = RAGGED_NAMES
     _rows_are = "qo_indptr[-1]"
     _kv_names = ("k", "v")
+    _pages_may_repeat = False  # they are rows
 
     def __init__(
         self,
@@ -194,7 +193,6 @@ o_indptr, uniform_q_len
             disable_split_kv=disable_split_kv,
             given=(qo_indptr, kv_indptr),
             kv_indptr=kv,
-            stacklevel=_PLANS_CALLER,
         )
         self._kv_rows = ("kv_indptr[-1]", self._graph is not None)
 
@@ -228,7 +226,6 @@ o_indptr, uniform_q_len
         given: tuple[Any, ...] = (),
         kv_indptr: IntArray | None = None,
         names: Names = RAGGED_NAMES,
-        stacklevel: int = _ROWS_CALLER,
     ) -> None:
         """`plan()` of requests whose keys begin at any row of k and v, and which leave rows out.
 
@@ -243,8 +240,6 @@ o_indptr, uniform_q_len
             For a buffer that takes it whole; begins as `kv_begin` does.
         names : Names
             Of the caller's arguments.
-        stacklevel : int
-            Frames up to whom to warn.
         """
         masked = custom_mask is not None or packed_custom_mask is not None
         spec = validate.attention_spec(
@@ -263,7 +258,7 @@ o_indptr, uniform_q_len
             spec,
         )
         mask = masks.read(custom_mask, packed_custom_mask, lengths) if masked else None
-        validate_lengths.warn_of_too_few_keys(spec, lengths, names, stacklevel)
+        validate_lengths.warn_of_too_few_keys(spec, lengths, names)
         rows = begins.astype(np.int32) if kv_indptr is None else kv_indptr
         self._schedule(spec, lengths, rows, num_rows, given, choices, mask=mask)
         self._kv_rows = ("the last row that is planned", True)

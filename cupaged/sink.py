@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupaged import unserved, validate
-from cupaged.paged_attention import dtype_names
+from cupaged.planned_attention import dtype_names
 from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
 from cupaged.spec import POS_ENCODING_MODES, AttentionSpec
 

@@ -62,7 +62,9 @@ def upload(uploads: Sequence[Upload], device: int, stream: Any) -> Any:
     stream : cupy.cuda.Stream
         Of that device.
     """
-    size = sum(each.size for each in uploads)
+    size = 0
+    for each in uploads:
+        size += each.size
     with _staging_lock:
         blocks = _staging[device]
         for staging in blocks:
@@ -80,7 +82,8 @@ def upload(uploads: Sequence[Upload], device: int, stream: Any) -> Any:
             for offset, part in parts:
                 end = begin + offset + len(part)
                 words[begin + offset : end] = part
-            words[end : begin + length] = 0
+            if end < begin + length:
+                words[end : begin + length] = 0
             target.copy_from_host_async(staging.memory.ptr + begin * 4, length * 4, stream)
             begin += length
         staging.event.record(stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -125,7 +125,7 @@ def attention_spec(
         sm_scale = scale(sm_scale, "sm_scale")
     arguments = (
         *(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, causal),
-        *(sm_scale, dtypes, kv_layout, head_dim_name, features),
+        *(sm_scale, dtypes, kv_layout, head_dim_name, *features),
     )
     try:
         return _known_spec(*arguments)
@@ -145,8 +145,9 @@ def _attention_spec(
     dtypes: tuple[str, str, str],
     kv_layout: KVLayout,
     head_dim_name: str,
-    features: Features,
+    *given: Any,
 ) -> AttentionSpec:
+    features = Features(*given)
     qo_heads = positive_int(num_qo_heads, "num_qo_heads")
     kv_heads = positive_int(num_kv_heads, "num_kv_heads")
     head_dim = positive_int(head_dim_qk, head_dim_name)

@@ -5,24 +5,23 @@ Checks are vectorised; the offender is looked for only once something is known t
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cupaged.errors import CupagedWarning
+from cupaged.errors import warn
+from cupaged.item_table import int32
 from cupaged.schedule import Lengths
 from cupaged.spec import AttentionSpec
 
 HostIndex = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int32]
+_INT32 = np.dtype(np.int32)
 _INT32_MAX = 2**31 - 1
-_UNSIGNED = {np.dtype(np.int32): np.uint32, np.dtype(np.int64): np.uint64}
+_UNSIGNED = {_INT32: np.uint32, np.dtype(np.int64): np.uint64}
 _BLOCK = 12288
-#: Frames from `warn_of_mistakes()` to who called `plan()`: past `PagedAttention._take()`.
-_PLANS_CALLER = 4
 #: Packed rows and keys are counted in int32, the spare ones of the last tile or split too. More
 #: would not fit the memory of any GPU.
 _MAX_ROWS = _MAX_KEYS = 2**30
@@ -73,12 +72,14 @@ def check_indptr(indptr: HostIndex, name: str) -> tuple[IntArray, IntArray]:
     values = indptr.copy()
     counts = values[1:] - values[:-1]
     # Where 0 comes first and is the lowest, no difference has wrapped around.
-    rising = len(counts) == 0 or (values.argmin() == 0 and counts[counts.argmin()] >= 0)
-    if values[0] != 0 or not rising:
+    rising = len(counts) == 0 or (values.argmin() == 0 and counts.item(counts.argmin()) >= 0)
+    if values.item(0) != 0 or not rising:
         _indptr_error(indptr, name)
-    if values[-1] > _INT32_MAX:
+    if values.dtype == _INT32:
+        return values, counts
+    if values.item(-1) > _INT32_MAX:
         raise ValueError(f"{name}[{len(counts)}] = {values[-1]}, expected at most {_INT32_MAX}")
-    return values.astype(np.int32, copy=False), counts.astype(np.int32, copy=False)
+    return values.astype(_INT32), counts.astype(_INT32)
 
 
 def _indptr_error(indptr: HostIndex, name: str) -> None:
@@ -164,7 +165,7 @@ def ragged_lengths(
 
 
 def _check_num_rows(qo: IntArray, spec: AttentionSpec) -> None:
-    if int(qo[-1]) * spec.num_qo_heads > _MAX_ROWS:
+    if qo.item(-1) * spec.num_qo_heads > _MAX_ROWS:
         raise ValueError(
             f"qo_indptr[{len(qo) - 1}] = {qo[-1]} query rows of {spec.num_qo_heads} heads, "
             f"expected at most {_MAX_ROWS} rows times heads in a call"
@@ -205,7 +206,7 @@ def _kv_len(
         )
     if batch == 0:
         return pages
-    if last[last.argmin()] < 1 or last[last.argmax()] > page_size:
+    if last.item(last.argmin()) < 1 or last.item(last.argmax()) > page_size:
         # A request without pages may say 0; its length is ignored.
         lowest = pages > 0
         wrong = (last < lowest) | (last > page_size)
@@ -215,17 +216,18 @@ def _kv_len(
                 f"{names.last_page_len}[{r}] = {last[r]}, "
                 f"expected {int(lowest[r])}..{page_size} (page_size={page_size})"
             )
-    if int(kv[-1]) * page_size > _MAX_KEYS:  # else no request has that many
+    if kv.item(-1) * page_size > _MAX_KEYS:  # else no request has that many
         r = int(pages.argmax())
         if int(pages[r]) * page_size > _MAX_KEYS:
             raise ValueError(
                 f"{names.indptr}: request {r} has {pages[r]} pages of {page_size} tokens, "
                 f"expected at most {_MAX_KEYS} tokens"
             )
-    kv_len = (pages - 1) * page_size
+    kv_len: IntArray = (pages - int32(1)) * int32(page_size)
     kv_len += last
     # Without pages that makes no more than 0.
-    return np.maximum(kv_len, 0, out=kv_len)
+    np.maximum(kv_len, int32(0), out=kv_len)
+    return kv_len
 
 
 @lru_cache(maxsize=64)
@@ -247,7 +249,7 @@ def page_indices(indices: HostIndex, lengths: Lengths, names: Names) -> tuple[In
     highest : int
         The highest page number, -1 where there is none.
     """
-    needed = int(lengths.paged_kv_indptr[-1])
+    needed = lengths.paged_kv_indptr.item(-1)
     if indices.ndim != 1:
         raise ValueError(f"{names.indices} has shape {indices.shape}, expected one axis")
     if len(indices) < needed:
@@ -260,7 +262,7 @@ def page_indices(indices: HostIndex, lengths: Lengths, names: Names) -> tuple[In
     indices = indices[:needed]
     # As unsigned numbers, negative ones are the highest of all.
     unsigned = indices.view(_UNSIGNED[indices.dtype])
-    highest = int(unsigned[unsigned.argmax()])
+    highest = unsigned.item(unsigned.argmax())
     if highest > _INT32_MAX:
         if np.minimum.reduce(indices) < 0:
             i = int((indices < 0).argmax())
@@ -283,37 +285,24 @@ def page_range(
         )
 
 
-def warn_of_mistakes(
-    spec: AttentionSpec, lengths: Lengths, indices: IntArray, highest: int, names: Names
-) -> None:
-    """Warn of input that is legal and almost surely not meant, to the caller of `plan()`."""
-    warn_of_too_few_keys(spec, lengths, names, _PLANS_CALLER + 1)
-    _warn_of_repeated_pages(lengths, indices, highest, names)
-
-
-def warn_of_too_few_keys(
-    spec: AttentionSpec, lengths: Lengths, names: Names, stacklevel: int
-) -> None:
-    """Warn of rows that causality leaves no key, to the frame so far up."""
+def warn_of_too_few_keys(spec: AttentionSpec, lengths: Lengths, names: Names) -> None:
+    """Warn of rows that causality leaves no key."""
     if not spec.causal:
         return
     short = lengths.qo_len > lengths.kv_len
-    count = int(np.count_nonzero(short))
+    count = np.count_nonzero(short)
     if count:
         r = int(short.argmax())
         qo_len, kv_len = int(lengths.qo_len[r]), int(lengths.kv_len[r])
-        warnings.warn(
+        warn(
             f"request {r} has {qo_len} queries and {kv_len} keys{and_others(count - 1)}: "
             f"{names.why_causal}its first {qo_len - kv_len} rows see no key, and will be 0. "
-            f"{names.mistake}",
-            CupagedWarning,
-            stacklevel=stacklevel,
+            f"{names.mistake}"
         )
 
 
-def _warn_of_repeated_pages(
-    lengths: Lengths, indices: IntArray, highest: int, names: Names
-) -> None:
+def warn_of_repeated_pages(lengths: Lengths, indices: IntArray, highest: int, names: Names) -> None:
+    """Warn of requests that have a page twice."""
     if len(indices) < 2:
         return
     # The cheap question first: does any page occur twice in the batch at all?
@@ -333,12 +322,10 @@ def _warn_of_repeated_pages(
     r = int(request[first])
     others = len(np.unique(request[order[repeats]])) - 1
     begin = int(lengths.paged_kv_indptr[r])
-    warnings.warn(
+    warn(
         f"request {r} has page {indices[first]} twice, as its pages {first - begin} and "
         f"{again - begin}{and_others(others)}: its keys will be attended to twice. Was another "
-        f"page meant in {names.indices}?",
-        CupagedWarning,
-        stacklevel=_PLANS_CALLER + 1,
+        f"page meant in {names.indices}?"
     )
 
 

@@ -31,6 +31,7 @@ from cupaged.append_cuda import (
     AppendKernel,
     launch_shape,
 )
+from cupaged.launch_arguments import Arguments
 from cupaged.spec import DeviceModel
 
 # How a launch divides the rows
@@ -195,7 +196,7 @@ def standing_in() -> Iterator[Driver]:
         patch.setattr(append_cuda, "upload", driver.upload)
         patch.setattr(append_cuda, "device_model", lambda device: DeviceModel(132, 90))
         patch.setattr(append_cuda, "_functions", {})
-        patch.setattr(append_cuda, "_spare", [])
+        patch.setattr(append_cuda, "_arguments", Arguments(append_cuda.LAYOUT))
         patch.setattr(append, "_last", None)  # it may be on another driver's device
         patch.setattr(kernels, "load", driver.load)
         yield driver
@@ -369,6 +370,6 @@ def test_calls_at_once_have_parameters_of_their_own(
     driver.during = lambda: launch(other, second)
     launch(one, first)
     assert same_bits(one.storages + other.storages, expected)
-    assert len(append_cuda._spare) == 2
+    assert len(append_cuda._arguments) == 2
     launch(one, first)
-    assert len(append_cuda._spare) == 2
+    assert len(append_cuda._arguments) == 2

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from states import DTYPES, bits
 
 from cupaged import devices, kernels, merge_cuda
+from cupaged.launch_arguments import Arguments
 from cupaged.merge import States
 from cupaged.merge_cuda import KERNELS, MERGE_DTYPE, NUM_THREADS, MergeKernel, launch_shape
 from cupaged.spec import DeviceModel
@@ -189,7 +190,7 @@ def standing_in() -> Iterator[Driver]:
             patch.setattr(module, "cupy", lambda: driver)
         patch.setattr(merge_cuda, "device_model", lambda device: DeviceModel(132, 90))
         patch.setattr(merge_cuda, "_functions", {})
-        patch.setattr(merge_cuda, "_spare", [])
+        patch.setattr(merge_cuda, "_arguments", Arguments(merge_cuda.LAYOUT))
         patch.setattr(kernels, "load", driver.load)
         yield driver
 
@@ -333,6 +334,6 @@ def test_calls_at_once_have_parameters_of_their_own(
     launch(one, *results[0])
     for found, result in zip((one, other), results, strict=True):
         states.check(found.v, found.s, *result)
-    assert len(merge_cuda._spare) == 2
+    assert len(merge_cuda._arguments) == 2
     launch(one, *results[0])
-    assert len(merge_cuda._spare) == 2
+    assert len(merge_cuda._arguments) == 2

@@ -317,3 +317,11 @@ def test_errors_of_forward() -> None:
     check_error(TypeError, "causal is an int, expected a bool", call, **arguments, causal=1)
     for kind in (Wrapper, Decode):
         check_error(RuntimeError, "run() before plan()", kind().forward, **arguments)
+
+
+def test_a_bool_is_refused_where_the_number_it_equals_was_planned() -> None:
+    """Checked arguments are remembered by value, and True equals 1."""
+    wrapper = Wrapper(backend="reference")
+    wrapper.plan(**plan_arguments(window_left=1))
+    with pytest.raises(TypeError, match=r"^window_left is a bool, expected an int$"):
+        wrapper.plan(**plan_arguments(window_left=True))

@@ -84,6 +84,19 @@ def test_a_page_repeated_in_several_requests() -> None:
     )
 
 
+def test_warnings_point_to_the_caller_of_every_wrapper() -> None:
+    """However many of the library's functions are in between."""
+    wrapper = cupaged.BatchAttentionWithAttentionSinkWrapper(
+        backend="reference",
+        q_data_type="float16",
+        kv_data_type="float16",
+        head_dim_qk=64,
+        head_dim_vo=64,
+    )
+    found = caught(wrapper.plan, **NOT_APPENDED_CALL, **TWICE_CALL)
+    assert [warning.filename for warning in found] == [__file__, __file__]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
