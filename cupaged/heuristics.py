@@ -11,10 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cupaged.item_table import IntArray, int32
 from cupaged.kernel_spec import KernelConfig
 from cupaged.tiles import Shape
-
-IntArray = npt.NDArray[np.int32]
 
 #: A request of at most this many packed rows takes the "short" shape. Above it, the second and
 #: third 16-row tile read K and V again, and the long shape's spare rows are the lesser waste.
@@ -55,24 +54,26 @@ _CANDIDATES = (0.55, 0.75, 1.0, 1.15)
 
 
 def choose_shapes(
-    packed_len: IntArray,
+    qo_len: IntArray,
     kv_len: IntArray,
+    group: int,
     fewest: int,
-    most: int,
     num_rows: int,
     num_kv_heads: int,
     slots: int,
     carries_short: bool,
     by_request: bool,
 ) -> dict[Shape, npt.NDArray[np.intp] | None]:
-    """Which requests take which shape of query tile.
+    """Which requests take which shape of query tile, where not all take the "short" one.
 
     Parameters
     ----------
-    packed_len, kv_len : int32 [batch]
-        Packed query rows and keys of each request; some request has a row.
-    fewest, most, num_rows : int
-        The extremes of `packed_len`, and its sum.
+    qo_len, kv_len : int32 [batch]
+        Queries and keys of each request. Some request has more than `SHORT_MAX_ROWS` packed rows.
+    group : int
+        Packed rows of a query.
+    fewest, num_rows : int
+        Packed rows of the request that has the fewest, and of all.
     num_kv_heads : int
     slots : int
         Thread blocks of the long shape that run at once.
@@ -88,19 +89,18 @@ def choose_shapes(
     dict
         Shape → indices of requests, in order; None for all of them. Only shapes that occur.
     """
-    if most <= SHORT_MAX_ROWS:
-        return {"short": None}
     if fewest > SHORT_MAX_ROWS or (carries_short and not by_request):
         return {"long": None}
-    short = packed_len <= SHORT_MAX_ROWS
+    packed_len = qo_len * int32(group)
+    short = packed_len <= int32(SHORT_MAX_ROWS)
     if fewest == 0:
-        short &= packed_len > 0
+        short &= packed_len > int32(0)
     if not by_request and _ride_along(packed_len, kv_len, short, num_rows, num_kv_heads, slots):
         return {"long": None}
     (indices,) = short.nonzero()
     if len(indices) == 0:
         return {"long": None}
-    return {"long": (packed_len > SHORT_MAX_ROWS).nonzero()[0], "short": indices}
+    return {"long": (packed_len > int32(SHORT_MAX_ROWS)).nonzero()[0], "short": indices}
 
 
 def _ride_along(
@@ -197,15 +197,18 @@ def choose_split(
     mean = (tiles * num_kv_heads + ITEM_COST * num_items) / slots
     # Where not even one more of the longest would cost a tenth, the bounds need not be known.
     if longest + ITEM_COST > 0.1 * mean:
-        unsplit = mean
-        # A wave's first piece waits for one at least as long in every wave before it. Of more waves
-        # than these, one more isn't a tenth.
-        for wave, piece in enumerate(range(0, min(num_items, _MAX_WAVES * slots), slots), 1):
-            first = kv_tiles.item(order.item(piece // num_kv_heads))
-            unsplit = max(unsplit, (first + ITEM_COST) * wave)
         # No split can end before its pieces' mean, and there are no fewer pieces than items.
         least = (tiles * num_kv_heads + (ITEM_COST + SPLIT_COST) * num_items) / slots
-        if unsplit > max(1.1 * mean, least):
+        worth = unsplit = max(1.1 * mean, least)
+        # A wave's first piece waits for one at least as long in every wave before it. Of more waves
+        # than these, one more isn't a tenth.
+        waves = min(-(-num_items // slots), _MAX_WAVES)
+        for wave in range(waves):
+            cost = kv_tiles.item(order.item(wave * slots // num_kv_heads)) + ITEM_COST
+            if cost * waves <= unsplit:
+                break  # later waves begin with shorter pieces: none ends later
+            unsplit = max(unsplit, cost * (wave + 1))
+        if unsplit > worth:
             return _split_all(kv_tiles, order, num_kv_heads, slots, tiles, unsplit)
     if fill_last_wave and num_items > slots:
         return _split_last_wave(kv_tiles, order, num_kv_heads, slots, _WORTH * mean)
@@ -233,12 +236,14 @@ def _split_all(
     """
     share = tiles * num_kv_heads / slots
     lowest, highest = _MIN_TILES_PER_SPLIT, kv_tiles.item(order.item(0)) - 1
-    chunks = sorted({min(max(math.ceil(c * share), lowest), highest) for c in _CANDIDATES})
+    chunks = [min(max(math.ceil(c * share), lowest), highest) for c in _CANDIDATES]
     # No more items than these can be as long as a chunk. They are so few that plain Python is
     # faster than NumPy's calls.
-    long_items = kv_tiles.take(order[: tiles // chunks[0]]).tolist()
+    long_items = kv_tiles[order[: tiles // chunks[0]]].tolist()
     best, finish = 0, unsplit
     for chunk in chunks:
+        if chunk + ITEM_COST + SPLIT_COST >= finish:
+            break  # its first piece alone takes as long, and those of longer chunks do
         wholes, rests = 0, len(kv_tiles)
         for item in long_items:
             if item < chunk:

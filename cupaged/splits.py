@@ -17,38 +17,12 @@ from cupaged.item_table import (
     ceil_div,
     counting,
     int32,
+    kv_tiles_of,
+    longest_first,
     sums_before,
 )
 
 MAX_SPLIT = 2**30  # no request has more keys
-
-
-def cut(tiles: IntArray, split_size: int) -> IntArray:
-    """The splits of query tiles whose keys begin at 0, each longer than one.
-
-    Parameters
-    ----------
-    tiles : int32 [tiles, fields of ITEM_DTYPE]
-        Each tile as one unsplit item; written into.
-    split_size : int
-        Keys of a split.
-
-    Returns
-    -------
-    int32 [splits, fields of ITEM_DTYPE]
-    """
-    num_splits = ceil_div(tiles[:, KV_END], split_size)
-    tiles[:, NUM_SPLITS] = num_splits
-    tiles[:, FIRST_PARTIAL] = sums_before(num_splits)
-    tiles[:, MERGE] = counting(len(tiles))
-    pieces = tiles.repeat(num_splits, axis=0)
-    split, kv_end = counting(len(pieces)) - pieces[:, FIRST_PARTIAL], pieces[:, KV_END]
-    pieces[:, SPLIT] = split
-    split *= int32(split_size)
-    pieces[:, KV_BEGIN] = split
-    split += int32(split_size)
-    np.minimum(split, kv_end, out=kv_end)
-    return pieces
 
 
 class Cut(NamedTuple):
@@ -64,6 +38,55 @@ class Cut(NamedTuple):
     items: IntArray
     num_partials: int
     num_merges: int
+
+
+def cut(
+    tiles: IntArray, split_size: int, first: int, cta_tile_kv: int, most_partials: int | None
+) -> Cut:
+    """Query tiles whose keys begin at 0, in splits where they are longer than one; longest first.
+
+    Parameters
+    ----------
+    tiles : int32 [tiles, fields of ITEM_DTYPE]
+        Each tile as one unsplit item, longest first; may be written into, and kept.
+    split_size : int
+        Keys of a split.
+    first : int
+        Tiles before this one are not cut. They have more KV tiles than a split.
+    cta_tile_kv : int
+    most_partials : int, optional
+        Where more partial states would be needed, no tile is cut.
+    """
+    longer = tiles[first:, KV_END] > int32(split_size)
+    num_merges = int(np.count_nonzero(longer))
+    if num_merges == 0:
+        return Cut(tiles, 0, 0)
+    if num_merges < len(longer) and longer.argmin() < num_merges:
+        # The longest first are so by KV tiles: where a split ends within one, as the caller may
+        # ask for, tiles of as many may be longer than a split or not.
+        tiles = np.concatenate((tiles[:first], tiles[first:][longer], tiles[first:][~longer]))
+    end = first + num_merges
+    wholes = tiles[first:end]
+    num_splits = ceil_div(wholes[:, KV_END], split_size)
+    ends = np.add.accumulate(num_splits, dtype=np.int32)
+    num_partials = ends.item(-1)
+    if most_partials is not None and num_partials > most_partials:
+        return Cut(tiles, 0, 0)
+    wholes[:, NUM_SPLITS] = num_splits
+    np.subtract(ends, num_splits, out=wholes[:, FIRST_PARTIAL])
+    wholes[:, MERGE] = counting(num_merges)
+    pieces = wholes.repeat(num_splits, axis=0)
+    split, kv_end = counting(num_partials) - pieces[:, FIRST_PARTIAL], pieces[:, KV_END]
+    pieces[:, SPLIT] = split
+    split *= int32(split_size)
+    pieces[:, KV_BEGIN] = split
+    split += int32(split_size)
+    np.minimum(split, kv_end, out=kv_end)
+    items = np.concatenate((pieces, tiles[end:])) if end < len(tiles) else pieces
+    items = items.take(longest_first(kv_tiles_of(items, cta_tile_kv)), axis=0)
+    if first:
+        items = np.concatenate((tiles[:first], items))
+    return Cut(items, num_partials, num_merges)
 
 
 def cut_runs(runs: IntArray, split_size: int | None, first: int, from_zero: bool) -> Cut:
