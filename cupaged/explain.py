@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from cupaged import heuristics, tiles
 from cupaged.extents import seen
+from cupaged.item_table import costs_of
 from cupaged.kernel_spec import KernelConfig
 from cupaged.schedule import Launch, Schedule
 from cupaged.spec import AttentionSpec
@@ -48,13 +49,13 @@ def explain(schedule: Schedule) -> str:
     return "\n".join(lines)
 
 
-def piece_costs(launch: Launch, num_kv_heads: int) -> FloatArray:
+def piece_costs(launch: Launch, spec: AttentionSpec) -> FloatArray:
     """Predicted time of each piece of work, in the order in which thread blocks take them.
 
     Parameters
     ----------
     launch : Launch
-    num_kv_heads : int
+    spec : AttentionSpec
 
     Returns
     -------
@@ -62,14 +63,22 @@ def piece_costs(launch: Launch, num_kv_heads: int) -> FloatArray:
         In KV tiles.
     """
     items = launch.items
-    kv_tiles = -(-(items["kv_end"] - items["kv_begin"]) // launch.config.cta_tile_kv)
+    kv_tiles = costs_of(launch.item_fields, launch.config.cta_tile_kv, _light_len(launch, spec))
     overhead = np.where(
         items["num_splits"] > 1,
         heuristics.ITEM_COST + heuristics.SPLIT_COST,
         heuristics.ITEM_COST,
     )
-    costs: FloatArray = (kv_tiles + overhead).astype(np.float64).repeat(num_kv_heads)
+    costs: FloatArray = (kv_tiles + overhead).astype(np.float64).repeat(spec.num_kv_heads)
     return costs
+
+
+def _light_len(launch: Launch, spec: AttentionSpec) -> int:
+    """Requests of at most so many queries count as light, see `heuristics.light_len()`."""
+    rows = launch.items["qo_len"] * spec.gqa_group_size
+    return heuristics.light_len(
+        launch.config, spec.gqa_group_size, int(rows.min()), int(rows.max())
+    )
 
 
 def finish_times(costs: FloatArray, grid: int) -> FloatArray:
@@ -169,7 +178,9 @@ def _launch_lines(schedule: Schedule, launch: Launch) -> list[str]:
     packed_len = schedule.lengths.qo_len[request] * spec.gqa_group_size
     rows = np.minimum(packed_len - first_splits["row_begin"], config.cta_tile_q)
     used = float(rows.sum()) / (len(rows) * config.cta_tile_q)
-    costs = piece_costs(launch, spec.num_kv_heads)
+    costs = piece_costs(launch, spec)
+    light_len = _light_len(launch, spec)
+    light = f"(of requests of up to {_count(light_len, 'row')} of q, a fifth of the tiles)"
     finish = finish_times(costs, launch.grid)
     last, mean = float(finish[-1]), float(finish.mean())
     slots = tiles.slots(config, schedule.device)
@@ -203,6 +214,7 @@ def _launch_lines(schedule: Schedule, launch: Launch) -> list[str]:
             f"(counting {heuristics.ITEM_COST} for an item's beginning and end, "
             f"{heuristics.SPLIT_COST} more to store and merge a split)",
         ),
+        *([_line("", light)] if light_len else []),
         _line(
             "finish",
             f"last {last:,.0f}, mean {mean:,.1f}: imbalance {last / mean:.2f}; "

@@ -30,6 +30,9 @@ _RIDE_ALONG_FEW_WAVES = 0.5
 _FEW_WAVES = 4
 _LONG_ROWS = 128
 
+#: Packed rows of a warpgroup.
+_LIGHT_ROWS = 64
+
 #: Costs in units of one KV tile's time. An item pays ITEM_COST for its first loads, its last
 #: stores and the softmax's final step; a split pays SPLIT_COST more to store and merge.
 ITEM_COST = 2
@@ -41,8 +44,8 @@ _MAX_WAVES = 16
 #: Filling a part-filled last wave has to save this share of a slot's mean work: an H200 at its
 #: power cap lost up to 0.9% where 1.5 to 1.9% were foretold, and gained 3.6% where 4.1% were.
 _WORTH = 0.03
-#: Items make waves where the shortest has at least this share of the longest's keys. Others fill
-#: the last wave up by themselves, as they lie longest first.
+#: Items make waves where they cost at least this share of the longest. Others fill the last wave
+#: up by themselves, as they lie longest first.
 _NEARLY_EQUAL = 0.85
 
 #: A split of fewer KV tiles than this isn't worth its item and merge cost.
@@ -147,6 +150,24 @@ def is_brief(kv_len: IntArray, num_rows: int, config: KernelConfig, num_slots: i
     return items <= num_slots and int(kv_len[kv_len.argmax()]) <= BRIEF_MAX_KEYS
 
 
+def light_len(config: KernelConfig, group: int, fewest: int, most: int) -> int:
+    """Requests of at most so many queries are light beside the others; 0 where none is.
+
+    Where the kernel reads K and V about as fast for few rows as for many, one warpgroup has all
+    rows of such a request, and the tensor cores hardly anything to do.
+
+    Parameters
+    ----------
+    config : KernelConfig
+    group : int
+        Packed rows of a query.
+    fewest, most : int
+        Packed rows of the requests that have the fewest and the most.
+    """
+    light = config.carries_short and fewest <= _LIGHT_ROWS < most
+    return _LIGHT_ROWS // group if light else 0
+
+
 class Split(NamedTuple):
     """How items are cut.
 
@@ -163,7 +184,7 @@ class Split(NamedTuple):
 
 
 def choose_split(
-    kv_tiles: IntArray,
+    costs: IntArray,
     order: npt.NDArray[np.intp],
     num_kv_heads: int,
     slots: int,
@@ -174,14 +195,14 @@ def choose_split(
     The finish time of a longest-first schedule is estimated by its lower bounds: the mean work
     of a slot, the longest item, and whole waves of equal items (Graham 1969, "Bounds on
     multiprocessing timing anomalies"). Splitting all items is tried where the unsplit bound lies
-    more than a tenth above the mean; else, where the last wave is part-filled, splitting its items.
+    more than a tenth above the mean; and where the last wave is part-filled, splitting its items.
 
     Parameters
     ----------
-    kv_tiles : int32 [items]
-        KV tiles of each unsplit item, the same for every KV head.
+    costs : int32 [items]
+        KV tiles of each unsplit item, the same for every KV head; less where they take less.
     order : intp [items]
-        The order of the items, longest first.
+        The order of the items, the longest first.
     num_kv_heads : int
     slots : int
         Thread blocks that run at once.
@@ -189,11 +210,12 @@ def choose_split(
         A slot without work is lost. Where it isn't, since the items are bound by the memory that
         all share, it leaves the others more.
     """
-    longest = kv_tiles.item(order.item(0))
+    longest = costs.item(order.item(0))
     if longest < 2 * _MIN_TILES_PER_SPLIT:
         return None
-    tiles = int(np.add.reduce(kv_tiles, dtype=np.int64))
-    num_items = len(kv_tiles) * num_kv_heads
+    tiles = int(np.add.reduce(costs, dtype=np.int64))
+    num_items = len(costs) * num_kv_heads
+    split, finish = None, math.inf
     mean = (tiles * num_kv_heads + ITEM_COST * num_items) / slots
     # Where not even one more of the longest would cost a tenth, the bounds need not be known.
     if longest + ITEM_COST > 0.1 * mean:
@@ -204,47 +226,64 @@ def choose_split(
         # than these, one more isn't a tenth.
         waves = min(-(-num_items // slots), _MAX_WAVES)
         for wave in range(waves):
-            cost = kv_tiles.item(order.item(wave * slots // num_kv_heads)) + ITEM_COST
+            cost = costs.item(order.item(wave * slots // num_kv_heads)) + ITEM_COST
             if cost * waves <= unsplit:
                 break  # later waves begin with shorter pieces: none ends later
             unsplit = max(unsplit, cost * (wave + 1))
         if unsplit > worth:
-            return _split_all(kv_tiles, order, num_kv_heads, slots, tiles, unsplit)
+            chunks = _chunks(tiles * num_kv_heads / slots, longest - 1)
+            if fill_last_wave:
+                # Pieces nearly as long as the items make the same waves.
+                chunks = [chunk for chunk in chunks if chunk < _NEARLY_EQUAL * longest]
+            split, finish = _split_all(costs, order, num_kv_heads, slots, tiles, chunks, unsplit)
     if fill_last_wave and num_items > slots:
-        return _split_last_wave(kv_tiles, order, num_kv_heads, slots, _WORTH * mean)
-    return None
+        other, its_finish = _split_last_wave(
+            costs, order, num_kv_heads, slots, tiles, _WORTH * mean
+        )
+        # In one wave, how the shorter items fall decides more than this foretells.
+        if split is None or (its_finish < finish and other is not None and other.first):
+            split = other
+    return split
+
+
+def _chunks(share: float, highest: int) -> list[int]:
+    """Candidates for the KV tiles of a piece, where a slot's mean work is so many; ascending."""
+    lowest = _MIN_TILES_PER_SPLIT
+    return [min(max(math.ceil(c * share), lowest), highest) for c in _CANDIDATES]
 
 
 def _split_all(
-    kv_tiles: IntArray,
+    costs: IntArray,
     order: npt.NDArray[np.intp],
     num_kv_heads: int,
     slots: int,
     tiles: int,
+    chunks: list[int],
     unsplit: float,
-) -> Split | None:
-    """The best of some candidates, where it ends earlier than without a split.
+) -> tuple[Split | None, float]:
+    """The best of some candidates, where it ends earlier than without a split; and when that is.
 
     Parameters
     ----------
-    kv_tiles, order, num_kv_heads, slots
+    costs, order, num_kv_heads, slots
         Those of `choose_split`.
     tiles : int
-        Sum of `kv_tiles`.
+        Sum of `costs`.
+    chunks : list of int
+        Candidates, ascending.
     unsplit : float
         When the items end that aren't split.
     """
-    share = tiles * num_kv_heads / slots
-    lowest, highest = _MIN_TILES_PER_SPLIT, kv_tiles.item(order.item(0)) - 1
-    chunks = [min(max(math.ceil(c * share), lowest), highest) for c in _CANDIDATES]
+    if not chunks:
+        return None, math.inf
     # No more items than these can be as long as a chunk. They are so few that plain Python is
     # faster than NumPy's calls.
-    long_items = kv_tiles[order[: tiles // chunks[0]]].tolist()
+    long_items = costs[order[: tiles // chunks[0]]].tolist()
     best, finish = 0, unsplit
     for chunk in chunks:
         if chunk + ITEM_COST + SPLIT_COST >= finish:
             break  # its first piece alone takes as long, and those of longer chunks do
-        wholes, rests = 0, len(kv_tiles)
+        wholes, rests = 0, len(costs)
         for item in long_items:
             if item < chunk:
                 break
@@ -255,39 +294,59 @@ def _split_all(
         end = _split_finish(chunk, wholes, rests, tiles, num_kv_heads, slots)
         if end < finish:
             best, finish = chunk, end
-    return Split(best) if best else None
+    return (Split(best), finish) if best else (None, math.inf)
 
 
 def _split_last_wave(
-    kv_tiles: IntArray,
+    costs: IntArray,
     order: npt.NDArray[np.intp],
     num_kv_heads: int,
     slots: int,
+    tiles: int,
     worth: float,
-) -> Split | None:
-    """Cut each item of the last wave in two: a long piece, and a rest for the slots left over.
+) -> tuple[Split | None, float]:
+    """Cut each long item of the last wave in two: a long piece, and a rest for the slots left over.
+
+    The items nearly as long as the longest make waves; what is shorter goes to those slots too.
 
     Parameters
     ----------
-    kv_tiles, order, num_kv_heads, slots
-        Those of `choose_split`; there is more than one wave.
+    costs, order, num_kv_heads, slots
+        Those of `choose_split`.
+    tiles : int
+        Sum of `costs`.
     worth : float
         The least that has to be saved, in KV tiles.
+
+    Returns
+    -------
+    split : Split or None
+    finish : float
+        When it ends; infinite without one.
     """
-    num_items = len(kv_tiles)
-    first = (num_items * num_kv_heads - 1) // slots * slots // num_kv_heads
-    pieces = (num_items - first) * num_kv_heads
-    free = slots - pieces
-    shortest, longest = kv_tiles.item(order.item(-1)), kv_tiles.item(order.item(0))
-    if free <= 0 or shortest < _NEARLY_EQUAL * longest:
-        return None
+    longest, cost = costs.item(order.item(0)), ITEM_COST + SPLIT_COST
+    long_items = int(np.count_nonzero(costs >= int32(math.ceil(_NEARLY_EQUAL * longest))))
+    first = (long_items * num_kv_heads - 1) // slots * slots // num_kv_heads
+    pieces = (long_items - first) * num_kv_heads
+    free, whole = slots - pieces, costs.item(order.item(first))
+    if free <= 0:
+        return None, math.inf
     # A slot that is left over takes so many rests, one after the other, while the others work on
-    # the long pieces: they end together where rests * (longest - long + cost) = long + cost.
+    # the long pieces: they end together where rests * (whole - piece + cost) = piece + cost.
     rests = -(-pieces // free)
-    longest, cost = kv_tiles.item(order.item(first)), ITEM_COST + SPLIT_COST
-    long = math.ceil((rests * (longest + cost) - cost) / (rests + 1))
-    saved = longest + ITEM_COST - (long + cost)
-    return Split(long, first) if long < longest and saved >= worth else None
+    piece = math.ceil((rests * (whole + cost) - cost) / (rests + 1))
+    others = len(costs) - long_items
+    if others:
+        # The shorter items go to those slots too: no wave is shorter than one of them, nor than all
+        # that is left to be done divided by the slots.
+        shorter = tiles - int(np.add.reduce(costs[order[:long_items]], dtype=np.int64))
+        work = (shorter + ITEM_COST * others) * num_kv_heads
+        level = math.ceil((pieces * (whole + 2 * cost) + work) / slots) - cost
+        piece = max(piece, level, costs.item(order.item(long_items)))
+    if piece >= whole or whole + ITEM_COST - (piece + cost) < worth:
+        return None, math.inf
+    waves = first * num_kv_heads // slots
+    return Split(piece, first), waves * (longest + ITEM_COST) + piece + cost
 
 
 def _split_finish(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from cupaged import extents, heuristics, splits
 from cupaged.extents import CustomMask
 from cupaged.frames import Frame
-from cupaged.item_table import MERGE, counting, kv_tiles_of, longest_first
+from cupaged.item_table import MERGE, costs_of, counting, longest_first
 from cupaged.kernel_spec import ITEM_DTYPE, KernelConfig
 from cupaged.query_tiles import Indices, QueryTiles, query_tiles
 from cupaged.spec import AttentionSpec, DeviceModel
@@ -157,25 +157,32 @@ def build(
             split_size, first = None, 0
             if fixed_split_size is not None:
                 split_size = min(fixed_split_size * spec.split_unit, splits.MAX_SPLIT)
-            kv_tiles = tiles.kv_tiles
+            light_len = heuristics.light_len(config, group, fewest, most)
             if narrowed:
                 # There is room in a frame for a run of each query tile.
                 one_run = frame is not None
-                runs, kv_tiles = _visible_runs(spec, config, tiles, mask, split_size, one_run)
-            order = longest_first(kv_tiles)
+                runs = _visible_runs(spec, config, tiles, mask, split_size, one_run)
+                costs = costs_of(runs, config.cta_tile_kv, light_len)
+            else:
+                costs = tiles.costs(light_len)
+            order = longest_first(costs)
             if split_size is None and not disable_split_kv:
                 split = heuristics.choose_split(
-                    kv_tiles, order, spec.num_kv_heads, num_slots, shape == "long"
+                    costs, order, spec.num_kv_heads, num_slots, shape == "long"
                 )
                 if split is not None:
                     split_size, first = split.kv_tiles * config.cta_tile_kv, split.first
             most_partials = None if frame is None or by_request else frame[shape].partials
             if narrowed:
                 runs, from_zero = runs.take(order, axis=0), fixed_split_size is not None
-                cut = _cut_runs(config, runs, (split_size, first), from_zero, most_partials)
+                cut = splits.cut_runs(runs, split_size, first, from_zero, most_partials)
+                order = longest_first(costs_of(cut.items, config.cta_tile_kv, light_len))
+                cut = cut._replace(items=cut.items.take(order, axis=0))
             elif split_size is not None:
                 items = tiles.items(order)
-                cut = splits.cut(items, split_size, first, config.cta_tile_kv, most_partials)
+                cut = splits.cut(
+                    *(items, split_size, first, config.cta_tile_kv, light_len), most_partials
+                )
             else:
                 cut = Cut(tiles.items(order), 0, 0)
             grid = min(num_slots, len(cut.items) * spec.num_kv_heads)
@@ -249,15 +256,13 @@ def _visible_runs(
     mask: CustomMask | None,
     split_size: int | None,
     one_run: bool,
-) -> tuple[IntArray, IntArray]:
+) -> IntArray:
     """What of query tiles' keys a window and a mask leave.
 
     Returns
     -------
-    runs : int32 [runs, fields of ITEM_DTYPE]
+    int32 [runs, fields of ITEM_DTYPE]
         Each as one unsplit item, with the number of its query tile for MERGE.
-    kv_tiles : int32 [runs]
-        Their KV tiles.
     """
     runs = tiles.items(np.arange(len(tiles.kv_end)))
     runs[:, MERGE] = counting(len(runs))
@@ -266,23 +271,4 @@ def _visible_runs(
         runs = extents.runs(runs, spec, mask, tile, split_size, one_run)
     else:
         extents.narrow(runs, spec, config.cta_tile_kv, split_size)
-    return runs, kv_tiles_of(runs, config.cta_tile_kv)
-
-
-def _cut_runs(
-    config: KernelConfig,
-    runs: IntArray,
-    split: tuple[int | None, int],
-    from_zero: bool,
-    most_partials: int | None,
-) -> Cut:
-    """Items of what `_visible_runs()` found, longest first: `splits.cut_runs()` and its arguments.
-
-    `split` is its `split_size` and `first`. Whole where more than `most_partials` partial states
-    would be needed.
-    """
-    cut = splits.cut_runs(runs, *split, from_zero)
-    if most_partials is not None and cut.num_partials > most_partials:
-        cut = splits.cut_runs(runs, None, 0, from_zero)
-    order = longest_first(kv_tiles_of(cut.items, config.cta_tile_kv))
-    return cut._replace(items=cut.items.take(order, axis=0))
+    return runs

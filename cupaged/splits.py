@@ -15,9 +15,9 @@ from cupaged.item_table import (
     SPLIT,
     IntArray,
     ceil_div,
+    costs_of,
     counting,
     int32,
-    kv_tiles_of,
     longest_first,
     sums_before,
 )
@@ -41,7 +41,12 @@ class Cut(NamedTuple):
 
 
 def cut(
-    tiles: IntArray, split_size: int, first: int, cta_tile_kv: int, most_partials: int | None
+    tiles: IntArray,
+    split_size: int,
+    first: int,
+    cta_tile_kv: int,
+    light_len: int,
+    most_partials: int | None,
 ) -> Cut:
     """Query tiles whose keys begin at 0, in splits where they are longer than one; longest first.
 
@@ -53,7 +58,8 @@ def cut(
         Keys of a split.
     first : int
         Tiles before this one are not cut. They have more KV tiles than a split.
-    cta_tile_kv : int
+    cta_tile_kv, light_len : int
+        By which `costs_of()` says how long they are.
     most_partials : int, optional
         Where more partial states would be needed, no tile is cut.
     """
@@ -83,13 +89,19 @@ def cut(
     split += int32(split_size)
     np.minimum(split, kv_end, out=kv_end)
     items = np.concatenate((pieces, tiles[end:])) if end < len(tiles) else pieces
-    items = items.take(longest_first(kv_tiles_of(items, cta_tile_kv)), axis=0)
+    items = items.take(longest_first(costs_of(items, cta_tile_kv, light_len)), axis=0)
     if first:
         items = np.concatenate((tiles[:first], items))
     return Cut(items, num_partials, num_merges)
 
 
-def cut_runs(runs: IntArray, split_size: int | None, first: int, from_zero: bool) -> Cut:
+def cut_runs(
+    runs: IntArray,
+    split_size: int | None,
+    first: int,
+    from_zero: bool,
+    most_partials: int | None,
+) -> Cut:
     """The splits of query tiles of which there are runs of keys, one or several.
 
     Parameters
@@ -103,6 +115,8 @@ def cut_runs(runs: IntArray, split_size: int | None, first: int, from_zero: bool
         Runs before this one are not cut.
     from_zero : bool
         Splits begin at multiples of their size; else the first one where the run does.
+    most_partials : int, optional
+        Where more partial states would be needed, no run is cut.
     """
     if split_size is None and runs[:, MERGE].max() + 1 == len(runs):  # whole query tiles
         runs[:, MERGE] = 0
@@ -127,8 +141,11 @@ def cut_runs(runs: IntArray, split_size: int | None, first: int, from_zero: bool
     num_splits = np.diff(begins, append=len(pieces)).astype(np.int32)
     merged = num_splits > 1
     partials = num_splits * merged
+    num_partials = int(partials.sum())
+    if split_size is not None and most_partials is not None and num_partials > most_partials:
+        return cut_runs(runs, None, 0, from_zero, None)
     pieces[:, SPLIT] = counting(len(pieces)) - begins.repeat(num_splits)
     pieces[:, NUM_SPLITS] = num_splits.repeat(num_splits)
     pieces[:, FIRST_PARTIAL] = (sums_before(partials) * merged).repeat(num_splits)
     pieces[:, MERGE] = (sums_before(merged.astype(np.int32)) * merged).repeat(num_splits)
-    return Cut(pieces, int(partials.sum()), int(np.count_nonzero(merged)))
+    return Cut(pieces, num_partials, int(np.count_nonzero(merged)))
