@@ -22,7 +22,7 @@ QO_BEGIN, QO_LEN, KV_LEN, PAGE_BEGIN = range(8, ITEM_FIELDS)
 #: A light item's KV tiles are read while others compute, and take so many times less than theirs.
 #: On an H200, splits that counted on 5 made one prefill among 63 decodes 9% faster, on 3 and 2 they
 #: made it 4 and 5% faster (bench/NOTES-sm90.md).
-_LIGHT = 5
+LIGHT = 5
 
 _UINT16_MAX = 2**16 - 1
 
@@ -81,7 +81,7 @@ def lighten(kv_tiles: IntArray, qo_len: IntArray, light_len: int) -> IntArray:
     if light_len == 0:
         return kv_tiles
     light = qo_len <= int32(light_len)
-    return kv_tiles - light * (kv_tiles * int32(_LIGHT - 1) // int32(_LIGHT))
+    return kv_tiles - light * (kv_tiles * int32(LIGHT - 1) // int32(LIGHT))
 
 
 def costs_of(items: IntArray, cta_tile_kv: int, light_len: int) -> IntArray:

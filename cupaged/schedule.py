@@ -14,7 +14,7 @@ from cupaged.item_table import MERGE, costs_of, counting, longest_first
 from cupaged.kernel_spec import ITEM_DTYPE, KernelConfig
 from cupaged.query_tiles import Indices, QueryTiles, query_tiles
 from cupaged.spec import AttentionSpec, DeviceModel
-from cupaged.splits import Cut
+from cupaged.splits import Cut, Rule
 from cupaged.tiles import Shape, kernel_config, slots
 
 IntArray = npt.NDArray[np.int32]
@@ -154,7 +154,7 @@ def build(
             num_slots = slots(config, device)
             one_each = fewest > 0 and most <= config.cta_tile_q
             tiles = query_tiles(spec, config, lengths, chosen, one_each)
-            split_size, first = None, 0
+            split_size = None
             if fixed_split_size is not None:
                 split_size = min(fixed_split_size * spec.split_unit, splits.MAX_SPLIT)
             light_len = heuristics.light_len(config, group, fewest, most)
@@ -166,23 +166,21 @@ def build(
             else:
                 costs = tiles.costs(light_len)
             order = longest_first(costs)
-            if split_size is None and not disable_split_kv:
+            if by_request:
+                rule = Rule(split_size, split_size, light_len)
+            else:
                 split = heuristics.choose_split(
                     costs, order, spec.num_kv_heads, num_slots, shape == "long"
                 )
-                if split is not None:
-                    split_size, first = split.kv_tiles * config.cta_tile_kv, split.first
+                rule = splits.rule(split, config.cta_tile_kv, light_len)
             most_partials = None if frame is None or by_request else frame[shape].partials
             if narrowed:
                 runs, from_zero = runs.take(order, axis=0), fixed_split_size is not None
-                cut = splits.cut_runs(runs, split_size, first, from_zero, most_partials)
+                cut = splits.cut_runs(runs, rule, from_zero, most_partials)
                 order = longest_first(costs_of(cut.items, config.cta_tile_kv, light_len))
                 cut = cut._replace(items=cut.items.take(order, axis=0))
-            elif split_size is not None:
-                items = tiles.items(order)
-                cut = splits.cut(
-                    *(items, split_size, first, config.cta_tile_kv, light_len), most_partials
-                )
+            elif rule.keys is not None:
+                cut = splits.cut(tiles.items(order), rule, config.cta_tile_kv, most_partials)
             else:
                 cut = Cut(tiles.items(order), 0, 0)
             grid = min(num_slots, len(cut.items) * spec.num_kv_heads)
