@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cupaged import cuda, devices, reference, schedule, tiles
+from cupaged import cuda, device_pages, devices, reference, schedule, tiles
 from cupaged.device_pages import DevicePages
 from cupaged.device_plan import DevicePlan, PlacedPlan
 from cupaged.errors import BackendUnavailableError
@@ -52,11 +52,14 @@ def device_model(device: int | None) -> DeviceModel:
     return HOST_MODEL if device is None else devices.device_model(device)
 
 
-def upload_pages(
-    page_indices: npt.NDArray[np.int32], lengths: schedule.Lengths, device: int
-) -> DevicePages:
-    """A page table on CUDA device `device`, the current one."""
-    return DevicePages(page_indices, lengths.paged_kv_indptr, device)
+def send_ahead(
+    page_indices: npt.NDArray[np.int32], lengths: schedule.Lengths, highest: int, device: int
+) -> DevicePages | None:
+    """A page table on CUDA device `device`, the current one, where that pays; else None."""
+    indptr = lengths.paged_kv_indptr
+    if not device_pages.worth_asking(page_indices, indptr, highest):
+        return None
+    return DevicePages(page_indices, indptr, highest, device)
 
 
 def refuse_recording(stream: int) -> None:
@@ -86,7 +89,7 @@ class Plan:
         The caller's bytes for partial states.
     placed : PlacedPlan, optional
         The one device's that it is for, where it can't be another.
-    device_pages : DevicePages, optional
+    sent_ahead : DevicePages, optional
         The page table on a device.
     """
 
@@ -97,7 +100,7 @@ class Plan:
         highest_page: int,
         workspace: Any | None,
         placed: PlacedPlan | None = None,
-        device_pages: DevicePages | None = None,
+        sent_ahead: DevicePages | None = None,
     ) -> None:
         self.schedule = planned
         self.nnz_qo = planned.lengths.nnz_qo
@@ -105,7 +108,7 @@ class Plan:
         self.highest_page = highest_page
         self.workspace = workspace
         self._placed = placed
-        self._device_pages = device_pages
+        self._sent_ahead = sent_ahead
         self._on_device: dict[int, PlacedPlan] = {}
         if placed is not None:
             self._on_device[placed.device] = placed
@@ -129,10 +132,10 @@ class Plan:
             planned = self.schedule
             if tiles.tile_class(model.arch) != tiles.tile_class(planned.device.arch):
                 planned = schedule.rebuild(planned, model)
-            pages, self._device_pages = self._device_pages, None
-            if pages is None or pages.device != device:
-                pages = upload_pages(self.page_indices, planned.lengths, device)
-            found = DevicePlan(planned, pages, device, self.workspace)
+            there, self._sent_ahead = self._sent_ahead, None
+            if there is not None and there.device != device:
+                there = None
+            found = DevicePlan(planned, self.page_indices, device, self.workspace, there)
             self._on_device[device] = found
         return found
 

@@ -1,4 +1,4 @@
-"""A page table on a CUDA device, which looks for pages that a request has twice.
+"""A page table that is sent ahead of its plan: the GPU looks for pages that a request has twice.
 
 On the host that takes 1.5 to 2 ns an entry, which is more than all the rest of a plan where there
 are many. The GPU does it while the host goes on; should it be busy and have no answer by the time
@@ -25,7 +25,7 @@ _NUM_THREADS = 256
 #: A bit a page; as much as a block may have on every GPU that is served.
 _SHARED_BYTES = 96 * 1024
 #: Of fewer entries than this, asking the GPU takes the host longer than looking for itself.
-_MIN_ENTRIES = 4096
+_MIN_ENTRIES = 12_288
 #: Answers, of 4 bytes, that all questions share.
 _ROOM = 1 << 16
 #: Parts of the uploaded block begin at multiples of this many int32.
@@ -97,16 +97,34 @@ def _answers() -> _Answers:
     return _Answers()
 
 
+def worth_asking(page_indices: IntArray, indptr: IntArray, highest: int) -> bool:
+    """Whether the GPU looks for repeated pages, and does so sooner than the host would.
+
+    Parameters
+    ----------
+    page_indices : int32 [indptr[-1]]
+    indptr : int32 [batch + 1]
+    highest : int
+        The highest page number.
+    """
+    bitmap = 4 * (highest // 32 + 1)
+    return len(page_indices) >= _MIN_ENTRIES and len(indptr) <= _ROOM and bitmap <= _SHARED_BYTES
+
+
 class DevicePages:
-    """A page table on one CUDA device.
+    """A page table on one CUDA device, which is asked whether a request has a page twice.
+
+    It has to be `worth_asking()`.
 
     Parameters
     ----------
     page_indices : int32 [indptr[-1]], on the host
     indptr : int32 [batch + 1], on the host
         Where each request's pages begin.
+    highest : int
+        The highest page number.
     device : int
-        CUDA device, the current one; the upload goes to its current stream.
+        CUDA device, the current one; what is done goes to its current stream.
 
     Attributes
     ----------
@@ -115,46 +133,28 @@ class DevicePages:
         Of the pages.
     """
 
-    def __init__(self, page_indices: IntArray, indptr: IntArray, device: int) -> None:
-        self._entries, self._batch = len(page_indices), len(indptr) - 1
-        self._indptr_begin = -(-self._entries // _ALIGNMENT) * _ALIGNMENT
-        size = self._indptr_begin + len(indptr)
-        self._block = cupy().cuda.alloc(4 * size)
+    def __init__(self, page_indices: IntArray, indptr: IntArray, highest: int, device: int) -> None:
+        cuda, batch = cupy().cuda, len(indptr) - 1
+        function = kernels.load(KERNEL, device_model(device).arch, device)
+        indptr_begin = -(-len(page_indices) // _ALIGNMENT) * _ALIGNMENT
+        size = indptr_begin + len(indptr)
+        self._block, stream = cuda.alloc(4 * size), cuda.get_current_stream()
+        parts = [(0, page_indices), (indptr_begin, indptr)]
+        upload([Upload(self._block, size, parts)], device, stream)
         self.device = device
-        self._stream = cupy().cuda.get_current_stream()
-        parts = [(0, page_indices), (self._indptr_begin, indptr)]
-        upload([Upload(self._block, size, parts)], device, self._stream)
         self.address: int = self._block.ptr
-        self._asked: tuple[npt.NDArray[np.uint32], int] | None = None
-
-    def ask_for_repeats(self, highest: int) -> None:
-        """Let the GPU look for pages that a request has twice, where it's quicker.
-
-        Parameters
-        ----------
-        highest : int
-            The highest page number.
-        """
+        answers, self._words, self._number = _answers().take(batch)
         num_words = highest // 32 + 1
-        if self._entries < _MIN_ENTRIES or self._batch > _ROOM or 4 * num_words > _SHARED_BYTES:
-            return
-        function = kernels.load(KERNEL, device_model(self.device).arch, self.device)
-        answers, words, number = _answers().take(self._batch)
         memory, address = argument = _arguments.take()
-        indptr = self.address + 4 * self._indptr_begin
         _PARAMS.pack_into(
-            *(memory, _PARAMS_BEGIN, self.address, indptr, answers, number, num_words)
+            *(memory, _PARAMS_BEGIN, self.address, self.address + 4 * indptr_begin),
+            *(answers, self._number, num_words),
         )
-        cupy().cuda.driver.launchKernel(
-            *(function, self._batch, 1, 1, _NUM_THREADS, 1, 1, 4 * num_words),
-            *(self._stream.ptr, address, 0),
+        cuda.driver.launchKernel(
+            *(function, batch, 1, 1, _NUM_THREADS, 1, 1, 4 * num_words, stream.ptr, address, 0)
         )
         _arguments.put_back(argument)
-        self._asked = words, number
 
     def are_known_to_differ(self) -> bool:
-        """Whether the GPU was asked, and has found by now that no request has a page twice."""
-        if self._asked is None:
-            return False
-        words, number = self._asked
-        return bool((words == number).all())
+        """Whether the GPU has found by now that no request has a page twice."""
+        return bool((self._words == self._number).all())

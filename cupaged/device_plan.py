@@ -136,20 +136,22 @@ class DevicePlan(PlacedPlan):
     Parameters
     ----------
     schedule : Schedule
-    pages : DevicePages
-        On the same device, uploaded to the same stream.
+    page_indices : int32 [paged_kv_indptr[-1]], on the host
     device : int
         CUDA device, the current one; the upload goes to its current stream.
     workspace : cupy.ndarray, optional
         Bytes for partial states, at least `schedule.workspace_bytes`; allocated where not given.
+    sent_ahead : DevicePages, optional
+        The pages, where the current stream has them on the device already.
     """
 
     def __init__(
         self,
         schedule: Schedule,
-        pages: DevicePages,
+        page_indices: IntArray,
         device: int,
         workspace: Any | None,
+        sent_ahead: DevicePages | None = None,
     ) -> None:
         spec = schedule.spec
         super().__init__(spec, device)
@@ -160,13 +162,14 @@ class DevicePlan(PlacedPlan):
         self._partials = None
         if needed:
             self._partials = memory(needed) if workspace is None else workspace.data
-        self._pages = pages
+        self._sent_ahead = sent_ahead
         self.stream = cupy().cuda.get_current_stream()
-        layout = _layout(schedule)
+        layout = _layout(schedule, page_indices if sent_ahead is None else None)
         self._block = memory(layout.size * 4)
         upload_of = Upload(self._block, layout.size, layout.parts)
         self.uploaded = upload([upload_of], device, self.stream)
         begin = self._block.ptr
+        pages = begin + layout.pages * 4 if sent_ahead is None else sent_ahead.address
         extras = Addresses(**{name: begin + at * 4 for name, at in layout.tables.items()})
         partials = 0 if self._partials is None else self._partials.ptr
         self.launches = tuple(
@@ -175,7 +178,7 @@ class DevicePlan(PlacedPlan):
                 launch.config,
                 launch.grid,
                 kernel,
-                (begin + items * 4, pages.address),
+                (begin + items * 4, pages),
                 (partials, launch.num_partial_rows(spec)),
                 (begin + counter * 4, begin + (counter + 2) * 4),
                 len(launch.item_fields),
@@ -188,14 +191,16 @@ class DevicePlan(PlacedPlan):
 
 
 class _Layout(NamedTuple):
-    """How all that a plan uploads but the pages lies in one block; all in int32.
+    """How what a plan uploads lies in one block; all in int32.
 
     Attributes
     ----------
     parts : list of (int, int32 array)
-        Where each launch's items begin, and then the tables of variants.
+        Where each launch's items begin, then the tables of variants and the pages.
     tables : dict
         Where each of these begins.
+    pages : int
+        Where these begin.
     counters : list of int
         Where each launch's counters begin.
     size : int
@@ -203,11 +208,12 @@ class _Layout(NamedTuple):
 
     parts: list[tuple[int, IntArray]]
     tables: dict[str, int]
+    pages: int
     counters: list[int]
     size: int
 
 
-def _layout(schedule: Schedule) -> _Layout:
+def _layout(schedule: Schedule, page_indices: IntArray | None) -> _Layout:
     parts: list[tuple[int, IntArray]] = []
     size = 0
     for launch in schedule.launches:
@@ -221,13 +227,17 @@ def _layout(schedule: Schedule) -> _Layout:
         tables[name] = size
         parts.append((size, table))
         size += (len(table) + _ALIGNMENT) // _ALIGNMENT * _ALIGNMENT
+    pages = size
+    if page_indices is not None:
+        parts.append((size, page_indices))
+        size += (len(page_indices) + _ALIGNMENT) // _ALIGNMENT * _ALIGNMENT
     counters = []
     for launch in schedule.launches:
         counters.append(size)
         # Two work counters, then one for each (part of a) split tile and KV head.
         merges = launch.num_merges * schedule.spec.num_kv_heads
         size += 2 + merges * launch.config.splits_merged_by
-    return _Layout(parts, tables, counters, size)
+    return _Layout(parts, tables, pages, counters, size)
 
 
 def ready(

@@ -325,6 +325,8 @@ def _split_last_wave(
         When it ends; infinite without one.
     """
     longest, cost = costs.item(order.item(0)), ITEM_COST + SPLIT_COST
+    if longest < worth:
+        return None, math.inf
     long_items = int(np.count_nonzero(costs >= int32(math.ceil(_NEARLY_EQUAL * longest))))
     first = (long_items * num_kv_heads - 1) // slots * slots // num_kv_heads
     pieces = (long_items - first) * num_kv_heads

@@ -179,16 +179,14 @@ class PlannedAttention:
     ) -> backend_room.Plan:
         """A plan with memory of its own, on the current device."""
         table = None
-        if device is not None:
-            table = backend_room.upload_pages(pages, lengths, device)
-            if self._pages_may_repeat:
-                table.ask_for_repeats(highest)
-        # The GPU looks at the page table meanwhile.
+        if device is not None and self._pages_may_repeat:
+            # The GPU looks at it while the host goes on.
+            table = backend_room.send_ahead(pages, lengths, highest, device)
         model = backend_room.device_model(device)
         built = schedule.build(spec, lengths, model, *splits, mask=mask)
         if self._workspace is not None:
             validate_run.workspace_size(self._workspace, built.workspace_bytes)
-        plan = backend_room.Plan(built, pages, highest, self._workspace, device_pages=table)
+        plan = backend_room.Plan(built, pages, highest, self._workspace, sent_ahead=table)
         if device is not None:
             plan.on_device(device)
         if self._pages_may_repeat and (table is None or not table.are_known_to_differ()):

@@ -21,20 +21,15 @@ OTHERS = {"medium": 80, "small": 89, "large": 100, "newer than the table": 130}
 OPTIONS: list[dict[str, Any]] = [{}, {"fixed_split_size": 3}, {"disable_split_kv": True}]
 
 
-class HostDevicePages:
-    """A `DevicePages` that stays on the host."""
-
-    def __init__(self, page_indices: Any, indptr: Any, device: int) -> None:
-        self.page_indices = page_indices
-        self.device = device
-
-
 class HostDevicePlan:
     """A `DevicePlan` that stays on the host."""
 
-    def __init__(self, planned: Any, pages: Any, device: int, workspace: Any) -> None:
+    def __init__(
+        self, planned: Any, page_indices: Any, device: int, workspace: Any, sent_ahead: Any
+    ) -> None:
+        assert sent_ahead is None
         self.schedule = planned
-        self.page_indices = pages.page_indices
+        self.page_indices = page_indices
         self.device = device
         self.workspace = workspace
 
@@ -58,7 +53,6 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> dict[int, DeviceModel]:
     """CUDA devices by number, to be filled in; the reference backend does their work."""
     models: dict[int, DeviceModel] = {}
     monkeypatch.setattr(devices_room, "device_model", models.__getitem__)
-    monkeypatch.setattr(backend, "DevicePages", HostDevicePages)
     monkeypatch.setattr(backend, "DevicePlan", HostDevicePlan)
     monkeypatch.setattr(cuda, "run", run_on_host)
     return models

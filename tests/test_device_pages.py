@@ -11,10 +11,10 @@ import pytest
 
 import cupaged
 from cupaged import device_pages, devices, kernels
-from cupaged.device_pages import KERNEL, DevicePages
+from cupaged.device_pages import KERNEL, DevicePages, worth_asking
 
 #: As many entries as the GPU is asked about.
-MANY = 5000
+MANY = 13_000
 #: Launch a kernel that takes some 10 ms.
 SPIN = r"""
 extern "C" __global__ void spin(long long cycles) {
@@ -90,8 +90,9 @@ def repeat_one(rng: np.random.Generator, pages: np.ndarray, indptr: np.ndarray) 
 
 def found_to_differ(cp: Any, pages: np.ndarray, indptr: np.ndarray) -> bool:
     """What the GPU says, given all the time that it takes."""
-    asked = DevicePages(pages, indptr, 0)
-    asked.ask_for_repeats(int(pages.max(initial=0)))
+    highest = int(pages.max())
+    assert worth_asking(pages, indptr, highest)
+    asked = DevicePages(pages, indptr, highest, 0)
     cp.cuda.Device().synchronize()
     return asked.are_known_to_differ()
 
@@ -107,17 +108,24 @@ def test_repeats_are_found(cp: Any, rng: np.random.Generator, batch: int, shared
         assert not found_to_differ(cp, pages, indptr)
 
 
-@pytest.mark.gpu
-def test_what_the_gpu_is_not_asked(cp: Any, rng: np.random.Generator) -> None:
-    """Few pages, and pages with numbers beyond a block's shared memory."""
-    pages, indptr = table(rng, 8, 100)
-    assert not found_to_differ(cp, pages, indptr)
-    pages, indptr = table(rng, 8, MANY)
-    assert found_to_differ(cp, pages, indptr)
+def test_what_the_gpu_is_not_asked(rng: np.random.Generator) -> None:
+    """Few pages, pages with numbers beyond a block's shared memory, and too many requests."""
     limit = KERNEL.shared_bytes * 8
-    pages[17] = limit - 1
+    pages, indptr = table(rng, 8, 100)
+    assert not worth_asking(pages, indptr, limit - 1)
+    pages, indptr = table(rng, 8, MANY)
+    assert worth_asking(pages, indptr, limit - 1)
+    assert not worth_asking(pages, indptr, limit)
+    assert worth_asking(pages, np.zeros(1 << 16, np.int32), limit - 1)
+    assert not worth_asking(pages, np.zeros((1 << 16) + 1, np.int32), limit - 1)
+
+
+@pytest.mark.gpu
+def test_the_highest_page_number_has_a_bit_too(cp: Any, rng: np.random.Generator) -> None:
+    pages, indptr = table(rng, 1, MANY)
+    pages[17] = KERNEL.shared_bytes * 8 - 1
     assert found_to_differ(cp, pages, indptr)
-    pages[17] = limit
+    pages[-1] = pages[17]
     assert not found_to_differ(cp, pages, indptr)
 
 
