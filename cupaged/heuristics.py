@@ -38,12 +38,11 @@ _LIGHT_ROWS = 64
 ITEM_COST = 2
 SPLIT_COST = 2
 
-#: Waves of which one may take a tenth of the time.
-_MAX_WAVES = 16
-
 #: Filling a part-filled last wave has to save this share of a slot's mean work: an H200 at its
 #: power cap lost up to 0.9% where 1.5 to 1.9% were foretold, and gained 3.6% where 4.1% were.
 _WORTH = 0.03
+#: Of more waves than these, one is not worth so much.
+_MAX_WAVES = 33
 #: Items make waves where they cost at least this share of the longest. Others fill the last wave
 #: up by themselves, as they lie longest first.
 _NEARLY_EQUAL = 0.85
@@ -217,33 +216,41 @@ def choose_split(
     num_items = len(costs) * num_kv_heads
     split, finish = None, math.inf
     mean = (tiles * num_kv_heads + ITEM_COST * num_items) / slots
-    # Where not even one more of the longest would cost a tenth, the bounds need not be known.
-    if longest + ITEM_COST > 0.1 * mean:
-        # No split can end before its pieces' mean, and there are no fewer pieces than items.
-        least = (tiles * num_kv_heads + (ITEM_COST + SPLIT_COST) * num_items) / slots
-        worth = unsplit = max(1.1 * mean, least)
-        # A wave's first piece waits for one at least as long in every wave before it. Of more waves
-        # than these, one more isn't a tenth.
-        waves = min(-(-num_items // slots), _MAX_WAVES)
-        for wave in range(waves):
-            cost = costs.item(order.item(wave * slots // num_kv_heads)) + ITEM_COST
-            if cost * waves <= unsplit:
-                break  # later waves begin with shorter pieces: none ends later
-            unsplit = max(unsplit, cost * (wave + 1))
-        if unsplit > worth:
-            chunks = _chunks(tiles * num_kv_heads / slots, longest - 1)
-            if fill_last_wave:
-                # Pieces nearly as long as the items make the same waves.
-                chunks = [chunk for chunk in chunks if chunk < _NEARLY_EQUAL * longest]
-            split, finish = _split_all(costs, order, num_kv_heads, slots, tiles, chunks, unsplit)
-    if fill_last_wave and num_items > slots:
-        other, its_finish = _split_last_wave(
-            costs, order, num_kv_heads, slots, tiles, _WORTH * mean
-        )
+    worth = _WORTH * mean
+    if longest + ITEM_COST < worth:
+        return None  # nor is a wave more or less
+    unsplit = _waves_end(costs, order, num_kv_heads, slots)
+    # No split can end before its pieces' mean, and there are no fewer pieces than items.
+    least = (tiles * num_kv_heads + (ITEM_COST + SPLIT_COST) * num_items) / slots
+    if unsplit > max(1.1 * mean, least):
+        chunks = _chunks(tiles * num_kv_heads / slots, longest - 1)
+        if fill_last_wave:
+            # Pieces nearly as long as the items make the same waves.
+            chunks = [chunk for chunk in chunks if chunk < _NEARLY_EQUAL * longest]
+        split, finish = _split_all(costs, order, num_kv_heads, slots, tiles, chunks, unsplit)
+    if fill_last_wave and num_items > slots and unsplit - mean >= worth:
+        other, its_finish = _split_last_wave(costs, order, num_kv_heads, slots, tiles, worth)
         # In one wave, how the shorter items fall decides more than this foretells.
         if split is None or (its_finish < finish and other is not None and other.first):
             split = other
     return split
+
+
+def _waves_end(
+    costs: IntArray, order: npt.NDArray[np.intp], num_kv_heads: int, slots: int
+) -> float:
+    """When the items end at the earliest, as waves; the parameters are `choose_split`'s.
+
+    A wave's first piece waits for one at least as long in every wave before it.
+    """
+    longest = costs.item(order.item(0)) + ITEM_COST
+    end = 0
+    for wave in range(min(-(-len(costs) * num_kv_heads // slots), _MAX_WAVES), 0, -1):
+        if longest * wave <= end:
+            break  # fewer waves end no later
+        first = costs.item(order.item((wave - 1) * slots // num_kv_heads))
+        end = max(end, (first + ITEM_COST) * wave)
+    return end
 
 
 def _chunks(share: float, highest: int) -> list[int]:
@@ -325,8 +332,6 @@ def _split_last_wave(
         When it ends; infinite without one.
     """
     longest, cost = costs.item(order.item(0)), ITEM_COST + SPLIT_COST
-    if longest < worth:
-        return None, math.inf
     long_items = int(np.count_nonzero(costs >= int32(math.ceil(_NEARLY_EQUAL * longest))))
     first = (long_items * num_kv_heads - 1) // slots * slots // num_kv_heads
     pieces = (long_items - first) * num_kv_heads

@@ -329,6 +329,29 @@ def test_a_part_filled_last_wave_is_filled_up() -> None:
     assert [launch.num_merges for launch in (*whole.launches, *causal.launches)] == [0, 0]
 
 
+@pytest.mark.parametrize("decodes", [0, 16, 63])
+def test_a_prefill_among_decodes_fills_its_last_wave_up(decodes: int) -> None:
+    """43 tiles for 8 heads are 2.6 waves of 132; decodes alone would leave the rest idle."""
+    spec = spec_of(group=4, num_kv_heads=8)
+    plan = build(spec, [(1, 4096)] * decodes + [(2048, 32_768)])
+    (launch,) = plan.launches
+    check_coverage(plan)
+    assert launch.num_merges == 43 - 2 * 132 // 8
+    assert set(launch.items["request"][launch.items["num_splits"] > 1]) == {decodes}
+    finish = predicted_finish(launch, spec, HOST_MODEL)
+    assert finish < 0.93 * predicted_finish(unsplit(launch), spec, HOST_MODEL)
+
+
+def test_splits_of_light_requests_are_longer() -> None:
+    """What few rows of a tile cost less, their splits have more of."""
+    spec = spec_of(group=4, num_kv_heads=1, causal=False)
+    (launch,) = build(spec, [(1, 60_000), (100, 12_000)]).launches
+    lengths = (launch.items["kv_end"] - launch.items["kv_begin"])[launch.items["num_splits"] > 1]
+    requests = launch.items["request"][launch.items["num_splits"] > 1]
+    light, other = (lengths[requests == r].max() for r in range(2))
+    assert light == 5 * other
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"disable_split_kv": True}, {"fixed_split_size": 1}, {"fixed_split_size": 3}],
