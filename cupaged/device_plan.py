@@ -279,8 +279,13 @@ def ready(
     )
     return ReadyLaunch(
         *(kernel, config, grid, *_block_shape(config, spec.page_size), parameters),
-        Arguments(_LAYOUT, lambda memory: _PLAN.pack_into(memory, _PLAN_BEGIN, *parameters)),
+        arguments_with(parameters),
     )
+
+
+def arguments_with(parameters: tuple[float, ...]) -> Arguments:
+    """A launch's arguments with what its plan decides in them."""
+    return Arguments(_LAYOUT, lambda memory: _PLAN.pack_into(memory, _PLAN_BEGIN, *parameters))
 
 
 @functools.lru_cache(maxsize=256)

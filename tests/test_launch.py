@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cupaged import cuda, tensor_maps, tiles
-from cupaged.device_plan import ReadyLaunch
+from cupaged.device_plan import ReadyLaunch, arguments_with
 from cupaged.kernel_spec import PARAMS_DTYPE
 from cupaged.spec import AttentionSpec, plain_needs
 from cupaged.transform import Transform
@@ -97,7 +97,9 @@ def plan_of(box_rows: int = 16, heads_first: bool = False) -> Any:
         ragged=False,
         kv_itemsize=2,
         transform=Transform(SPEC),
-        launches=(ReadyLaunch(33, config, 3, 128, 4096, box_rows, PLANNED, []),),
+        launches=(
+            ReadyLaunch(33, config, 3, 128, 4096, box_rows, PLANNED, arguments_with(PLANNED)),
+        ),
         without_maps=lambda other, recorded: 44 if other is config and not recorded else None,
     )
 
