@@ -69,6 +69,9 @@ using PlaceKv = Place<NUM_STAGES>;
 __device__ __forceinline__ void wait_full(const u64* full, int stage, u32 round) {
     mbarrier_wait(shared_address(full + stage), round);
 }
+__device__ __forceinline__ bool is_full(const u64* full, int stage, u32 round) {
+    return mbarrier_is_over(shared_address(full + stage), round);
+}
 __device__ __forceinline__ void wait_empty(const u64* empty, int stage, u32 round) {
     mbarrier_wait(shared_address(empty + stage), round ^ 1);
 }

@@ -18,6 +18,12 @@ using Weights = Pair[CTA_TILE_KV / 16][4];  // P as the A operand of each 16 key
 // which holds the registers that they go to: as many as find room elsewhere.
 constexpr int EARLY_BLOCKS = HEAD_DIM != 128 ? 0 : CUPAGED_SOFT_CAP ? 1 : CTA_TILE_KV / 32;
 
+// Whether the next tiles are looked for while the products with these are under way, so that nothing
+// is waited for between them. The variants have no registers for it, nor has a copy by rows, and at
+// other head dimensions it was no faster.
+constexpr bool LOOKS_AHEAD =
+    HEAD_DIM == 128 && CUPAGED_PAGE_ALIGNED && !CUPAGED_WINDOW && !CUPAGED_SOFT_CAP;
+
 // The right to issue products, which the consumers hand around.
 struct Turn {
     int consumer;
@@ -129,11 +135,18 @@ struct Consumer {
         return (thread_index() - WARPGROUP) / WARP_SIZE * 16;
     }
 
+    __device__ __forceinline__ u64 tile(PlaceKv place) const {
+        return tile_descriptor(kv_tiles + place.stage * TILE_KV_BYTES);
+    }
     // Waits for the tile of a stage; its descriptor.
     __device__ __forceinline__ u64 wait_tile(PlaceKv place) const {
         wait_full(barriers.kv_full, place.stage, place.round);
         if (!CUPAGED_PAGE_ALIGNED) fence_async_proxy();  // cp.async wrote as ordinary stores do
-        return tile_descriptor(kv_tiles + place.stage * TILE_KV_BYTES);
+        return tile(place);
+    }
+    // Whether the tile of a stage has come.
+    __device__ __forceinline__ bool has_tile(PlaceKv place) const {
+        return is_full(barriers.kv_full, place.stage, place.round);
     }
     __device__ __forceinline__ void release() {
         arrive_warp(&barriers.kv_empty[at.stage], lane());
@@ -221,22 +234,37 @@ struct Consumer {
 
         // Where one tile's products are too large to be capped in short, the next one's will be.
         bool capped_small = true;
+        bool has_both = false;  // K of the tile at hand and V of the one before, for certain
 #pragma unroll 1
         while (--tiles > 0) {
             begin -= CTA_TILE_KV;
             hide(q);  // else the descriptor of each step is kept, which takes too many registers
-            const u64 k = wait_tile(at);
+            PlaceKv after = at;
+            if (!has_both) wait_tile(at);
+            if (LOOKS_AHEAD) {
+                after.advance();
+                if (!has_both) wait_tile(after);
+            }
+            const u64 k = tile(at);
             turn.take();
             wgmma_fence();
             start_qk(s, q, k);
             wgmma_commit();
-            PlaceKv after = at;
-            after.advance();
-            const u64 v = wait_tile(after);
-            wgmma_fence();
-            start_pv(o, weights, v);
+            if (!LOOKS_AHEAD) {
+                after.advance();
+                wait_tile(after);
+                wgmma_fence();
+            }
+            start_pv(o, weights, tile(after));
             wgmma_commit();
             turn.pass();
+            if (LOOKS_AHEAD) {
+                after.advance();
+                const bool has_k = has_tile(after);
+                after.advance();
+                const bool has_v = has_tile(after);
+                has_both = has_k && has_v;
+            }
             wgmma_wait<1>();
             pin(s[0]);
             release();

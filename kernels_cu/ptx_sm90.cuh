@@ -60,6 +60,21 @@ __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
+// Whether the phase of the given parity is over; doesn't wait.
+__device__ __forceinline__ bool mbarrier_is_over(u32 barrier, u32 parity) {
+    u32 is_over;
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}\n"
+        : "=r"(is_over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return is_over != 0;
+}
+
 // Copies the box at the given coordinates to shared memory; its bytes count on the barrier. What
 // lies outside of the tensor arrives as zeros.
 __device__ __forceinline__ void copy_box_5d(u32 shared, const TensorMap* map, int c0, int c1,
