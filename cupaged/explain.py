@@ -8,9 +8,8 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
-from cupaged import heuristics, tiles
+from cupaged import heuristics, shape_choice, tiles
 from cupaged.extents import seen
-from cupaged.item_table import costs_of
 from cupaged.kernel_spec import KernelConfig
 from cupaged.schedule import Launch, Schedule
 from cupaged.spec import AttentionSpec
@@ -63,7 +62,9 @@ def piece_costs(launch: Launch, spec: AttentionSpec) -> FloatArray:
         In KV tiles.
     """
     items = launch.items
-    kv_tiles = costs_of(launch.item_fields, launch.config.cta_tile_kv, _light_len(launch, spec))
+    kv_tiles = -(-(items["kv_end"] - items["kv_begin"]) // launch.config.cta_tile_kv)
+    light = items["qo_len"] <= _light_len(launch, spec)
+    kv_tiles = np.where(light, -(-kv_tiles // heuristics.LIGHT), kv_tiles)
     overhead = np.where(
         items["num_splits"] > 1,
         heuristics.ITEM_COST + heuristics.SPLIT_COST,
@@ -180,7 +181,7 @@ def _launch_lines(schedule: Schedule, launch: Launch) -> list[str]:
     used = float(rows.sum()) / (len(rows) * config.cta_tile_q)
     costs = piece_costs(launch, spec)
     light_len = _light_len(launch, spec)
-    light = f"(of requests of up to {_count(light_len, 'row')} of q, a fifth of the tiles)"
+    light = f"(of requests of up to {_count(light_len, 'row')} of q, a quarter of the tiles)"
     finish = finish_times(costs, launch.grid)
     last, mean = float(finish[-1]), float(finish.mean())
     slots = tiles.slots(config, schedule.device)
@@ -242,7 +243,7 @@ def _reasons(
 ) -> list[str]:
     """Why the launch's tiles have the shape they have."""
     config, spec = launch.config, schedule.spec
-    limit = heuristics.SHORT_MAX_ROWS
+    limit = shape_choice.SHORT_MAX_ROWS
     kernel_of = functools.partial(tiles.kernel_config, schedule.device.arch, spec.needs)
     if config == kernel_of("short"):
         return [
@@ -258,7 +259,7 @@ def _reasons(
         )
         keys = f"fit the registers, and leave room for {_stages(config)}"
         if config != kernel_of("long"):
-            keys = f"pay where no request has more than {heuristics.BRIEF_MAX_KEYS}"
+            keys = f"pay where no request has more than {shape_choice.BRIEF_MAX_KEYS}"
     else:
         per_warp = config.cta_tile_q // config.warps_q
         rows = f"{per_warp} rows a warp,"

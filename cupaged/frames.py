@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-from cupaged.heuristics import SHORT_MAX_ROWS, most_partials
+from cupaged.heuristics import most_partials
 from cupaged.kernel_spec import KernelConfig
+from cupaged.shape_choice import SHORT_MAX_ROWS
 from cupaged.spec import AttentionSpec, DeviceModel
 from cupaged.tiles import Shape, kernel_config, slots
 

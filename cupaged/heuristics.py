@@ -1,4 +1,4 @@
-"""Choices the planner makes, each with its reason: shapes of query tile, and splits.
+"""How the planner cuts items into splits, each choice with its reason.
 
 Pure functions of the lengths and of the machine's size; no arrays on any GPU.
 """
@@ -13,25 +13,14 @@ import numpy.typing as npt
 
 from cupaged.item_table import IntArray, int32
 from cupaged.kernel_spec import KernelConfig
-from cupaged.tiles import Shape
-
-#: A request of at most this many packed rows takes the "short" shape. Above it, the second and
-#: third 16-row tile read K and V again, and the long shape's spare rows are the lesser waste.
-SHORT_MAX_ROWS = 32
-
-#: A batch whose requests have no more keys than this may take the "brief" shape: the ten requests
-#: of FlashInfer issue 192 took 9.4 µs with it on an H200, and 9.8 with the "long" one.
-BRIEF_MAX_KEYS = 256
-
-#: Short requests ride along in long tiles where that adds at most this share to the work: a tile
-#: of their own would be a launch of its own.
-_RIDE_ALONG = 0.1
-_RIDE_ALONG_FEW_WAVES = 0.5
-_FEW_WAVES = 4
-_LONG_ROWS = 128
 
 #: Packed rows of a warpgroup.
 _LIGHT_ROWS = 64
+
+#: KV tiles of light items, which are read while others compute, take so many times less than
+#: theirs. Splits of the last wave that count on 5 made one prefill among 63 decodes 7 to 9% faster
+#: on an H200, on 3 and 2 they made it 5 and 0% faster (bench/NOTES-sm90.md).
+LIGHT = 4
 
 #: Costs in units of one KV tile's time. An item pays ITEM_COST for its first loads, its last
 #: stores and the softmax's final step; a split pays SPLIT_COST more to store and merge.
@@ -55,100 +44,6 @@ _MIN_TILES_PER_SPLIT = 4
 _CANDIDATES = (0.55, 0.75, 1.0, 1.15)
 
 
-def choose_shapes(
-    qo_len: IntArray,
-    kv_len: IntArray,
-    group: int,
-    fewest: int,
-    num_rows: int,
-    num_kv_heads: int,
-    slots: int,
-    carries_short: bool,
-    by_request: bool,
-) -> dict[Shape, npt.NDArray[np.intp] | None]:
-    """Which requests take which shape of query tile, where not all take the "short" one.
-
-    Parameters
-    ----------
-    qo_len, kv_len : int32 [batch]
-        Queries and keys of each request. Some request has more than `SHORT_MAX_ROWS` packed rows.
-    group : int
-        Packed rows of a query.
-    fewest, num_rows : int
-        Packed rows of the request that has the fewest, and of all.
-    num_kv_heads : int
-    slots : int
-        Thread blocks of the long shape that run at once.
-    carries_short : bool
-        The long shape's kernel reads K and V about as fast for few rows as for many: then short
-        requests ride along always. `bench/NOTES-sm90.md` says where that pays and where it
-        doesn't.
-    by_request : bool
-        Decide each request by its own length alone, so that its bits don't depend on the batch.
-
-    Returns
-    -------
-    dict
-        Shape → indices of requests, in order; None for all of them. Only shapes that occur.
-    """
-    if fewest > SHORT_MAX_ROWS or (carries_short and not by_request):
-        return {"long": None}
-    packed_len = qo_len * int32(group)
-    short = packed_len <= int32(SHORT_MAX_ROWS)
-    if fewest == 0:
-        short &= packed_len > int32(0)
-    if not by_request and _ride_along(packed_len, kv_len, short, num_rows, num_kv_heads, slots):
-        return {"long": None}
-    (indices,) = short.nonzero()
-    if len(indices) == 0:
-        return {"long": None}
-    return {"long": (packed_len > int32(SHORT_MAX_ROWS)).nonzero()[0], "short": indices}
-
-
-def _ride_along(
-    packed_len: IntArray,
-    kv_len: IntArray,
-    short: npt.NDArray[np.bool_],
-    num_rows: int,
-    num_kv_heads: int,
-    slots: int,
-) -> bool:
-    """Whether the short requests had better take long tiles too.
-
-    A shape of their own would be a launch of its own, with its own ragged end. They ride along
-    where they add little to the work, as the keys that tiles read tell it; and in a batch of few
-    waves, which such an end costs more, also where they add more, if none is the longest of all.
-    """
-    short_keys = kv_len * short
-    long_keys = kv_len - short_keys
-    short_work = int(np.add.reduce(short_keys, dtype=np.int64))
-    # In float64 NumPy's dot product is fastest, and can't overflow.
-    long_work = float(long_keys.astype(np.float64).dot(packed_len)) / _LONG_ROWS
-    if short_work <= _RIDE_ALONG * long_work:
-        return True
-    tiles = num_rows // _LONG_ROWS + len(packed_len)  # at most
-    if tiles * num_kv_heads > _FEW_WAVES * slots or short_work > _RIDE_ALONG_FEW_WAVES * long_work:
-        return False
-    return bool(short_keys[short_keys.argmax()] <= long_keys[long_keys.argmax()])
-
-
-def is_brief(kv_len: IntArray, num_rows: int, config: KernelConfig, num_slots: int) -> bool:
-    """Whether a batch has few keys a request, and a piece of work a thread block at most.
-
-    Parameters
-    ----------
-    kv_len : int32 [batch]
-    num_rows : int
-        Packed query rows of all requests.
-    config : KernelConfig
-        Of the brief shape.
-    num_slots : int
-        Items that run at once.
-    """
-    items = num_rows // config.cta_tile_q + len(kv_len)  # at most
-    return items <= num_slots and int(kv_len[kv_len.argmax()]) <= BRIEF_MAX_KEYS
-
-
 def light_len(config: KernelConfig, group: int, fewest: int, most: int) -> int:
     """Requests of at most so many queries are light beside the others; 0 where none is.
 
@@ -167,6 +62,26 @@ def light_len(config: KernelConfig, group: int, fewest: int, most: int) -> int:
     return _LIGHT_ROWS // group if light else 0
 
 
+def light_tiles(
+    kv_tiles: IntArray, order: npt.NDArray[np.intp], qo_len: IntArray, light_len: int
+) -> int:
+    """KV tiles of all light items; 0 where one of them is the longest of all.
+
+    Parameters
+    ----------
+    kv_tiles : int32 [items]
+    order : intp [items]
+        Longest first.
+    qo_len : int32 [items]
+        Queries of each item's request.
+    light_len : int
+        Of `light_len()`.
+    """
+    if qo_len.item(order.item(0)) <= light_len:
+        return 0
+    return int(np.add.reduce(kv_tiles, dtype=np.int64, where=qo_len <= int32(light_len)))
+
+
 class Split(NamedTuple):
     """How items are cut.
 
@@ -183,11 +98,12 @@ class Split(NamedTuple):
 
 
 def choose_split(
-    costs: IntArray,
+    kv_tiles: IntArray,
     order: npt.NDArray[np.intp],
     num_kv_heads: int,
     slots: int,
     fill_last_wave: bool,
+    light_tiles: int,
 ) -> Split | None:
     """How to cut the items, or None where no split pays.
 
@@ -198,38 +114,44 @@ def choose_split(
 
     Parameters
     ----------
-    costs : int32 [items]
-        KV tiles of each unsplit item, the same for every KV head; less where they take less.
+    kv_tiles : int32 [items]
+        KV tiles of each unsplit item, the same for every KV head.
     order : intp [items]
-        The order of the items, the longest first.
+        The order of the items, longest first.
     num_kv_heads : int
     slots : int
         Thread blocks that run at once.
     fill_last_wave : bool
         A slot without work is lost. Where it isn't, since the items are bound by the memory that
         all share, it leaves the others more.
+    light_tiles : int
+        KV tiles of light items, see `light_len()`.
     """
-    longest = costs.item(order.item(0))
+    longest = kv_tiles.item(order.item(0))
     if longest < 2 * _MIN_TILES_PER_SPLIT:
         return None
-    tiles = int(np.add.reduce(costs, dtype=np.int64))
-    num_items = len(costs) * num_kv_heads
+    tiles = int(np.add.reduce(kv_tiles, dtype=np.int64))
+    num_items = len(kv_tiles) * num_kv_heads
     split, finish = None, math.inf
-    mean = (tiles * num_kv_heads + ITEM_COST * num_items) / slots
+    share = num_kv_heads / slots
+    mean = tiles * share + ITEM_COST * num_items / slots
     worth = _WORTH * mean
     if longest + ITEM_COST < worth:
         return None  # nor is a wave more or less
-    unsplit = _waves_end(costs, order, num_kv_heads, slots)
+    unsplit = _waves_end(kv_tiles, order, num_kv_heads, slots)
     # No split can end before its pieces' mean, and there are no fewer pieces than items.
     least = (tiles * num_kv_heads + (ITEM_COST + SPLIT_COST) * num_items) / slots
     if unsplit > max(1.1 * mean, least):
-        chunks = _chunks(tiles * num_kv_heads / slots, longest - 1)
+        chunks = _chunks(tiles * share, longest - 1)
         if fill_last_wave:
             # Pieces nearly as long as the items make the same waves.
             chunks = [chunk for chunk in chunks if chunk < _NEARLY_EQUAL * longest]
-        split, finish = _split_all(costs, order, num_kv_heads, slots, tiles, chunks, unsplit)
-    if fill_last_wave and num_items > slots and unsplit - mean >= worth:
-        other, its_finish = _split_last_wave(costs, order, num_kv_heads, slots, tiles, worth)
+        split, finish = _split_all(kv_tiles, order, num_kv_heads, slots, tiles, chunks, unsplit)
+    saved = light_tiles - light_tiles // LIGHT
+    if fill_last_wave and num_items > slots and unsplit - mean + saved * share >= worth:
+        other, its_finish = _split_last_wave(
+            kv_tiles, order, num_kv_heads, slots, tiles - saved, worth
+        )
         # In one wave, how the shorter items fall decides more than this foretells.
         if split is None or (its_finish < finish and other is not None and other.first):
             split = other
@@ -237,18 +159,18 @@ def choose_split(
 
 
 def _waves_end(
-    costs: IntArray, order: npt.NDArray[np.intp], num_kv_heads: int, slots: int
+    kv_tiles: IntArray, order: npt.NDArray[np.intp], num_kv_heads: int, slots: int
 ) -> float:
     """When the items end at the earliest, as waves; the parameters are `choose_split`'s.
 
     A wave's first piece waits for one at least as long in every wave before it.
     """
-    longest = costs.item(order.item(0)) + ITEM_COST
+    longest = kv_tiles.item(order.item(0)) + ITEM_COST
     end = 0
-    for wave in range(min(-(-len(costs) * num_kv_heads // slots), _MAX_WAVES), 0, -1):
+    for wave in range(min(-(-len(kv_tiles) * num_kv_heads // slots), _MAX_WAVES), 0, -1):
         if longest * wave <= end:
             break  # fewer waves end no later
-        first = costs.item(order.item((wave - 1) * slots // num_kv_heads))
+        first = kv_tiles.item(order.item((wave - 1) * slots // num_kv_heads))
         end = max(end, (first + ITEM_COST) * wave)
     return end
 
@@ -260,7 +182,7 @@ def _chunks(share: float, highest: int) -> list[int]:
 
 
 def _split_all(
-    costs: IntArray,
+    kv_tiles: IntArray,
     order: npt.NDArray[np.intp],
     num_kv_heads: int,
     slots: int,
@@ -272,10 +194,10 @@ def _split_all(
 
     Parameters
     ----------
-    costs, order, num_kv_heads, slots
+    kv_tiles, order, num_kv_heads, slots
         Those of `choose_split`.
     tiles : int
-        Sum of `costs`.
+        Sum of `kv_tiles`.
     chunks : list of int
         Candidates, ascending.
     unsplit : float
@@ -285,12 +207,12 @@ def _split_all(
         return None, math.inf
     # No more items than these can be as long as a chunk. They are so few that plain Python is
     # faster than NumPy's calls.
-    long_items = costs[order[: tiles // chunks[0]]].tolist()
+    long_items = kv_tiles[order[: tiles // chunks[0]]].tolist()
     best, finish = 0, unsplit
     for chunk in chunks:
         if chunk + ITEM_COST + SPLIT_COST >= finish:
             break  # its first piece alone takes as long, and those of longer chunks do
-        wholes, rests = 0, len(costs)
+        wholes, rests = 0, len(kv_tiles)
         for item in long_items:
             if item < chunk:
                 break
@@ -305,7 +227,7 @@ def _split_all(
 
 
 def _split_last_wave(
-    costs: IntArray,
+    kv_tiles: IntArray,
     order: npt.NDArray[np.intp],
     num_kv_heads: int,
     slots: int,
@@ -318,10 +240,10 @@ def _split_last_wave(
 
     Parameters
     ----------
-    costs, order, num_kv_heads, slots
+    kv_tiles, order, num_kv_heads, slots
         Those of `choose_split`.
     tiles : int
-        Sum of `costs`.
+        Sum of `kv_tiles`, light ones counted for as much as they take.
     worth : float
         The least that has to be saved, in KV tiles.
 
@@ -331,25 +253,25 @@ def _split_last_wave(
     finish : float
         When it ends; infinite without one.
     """
-    longest, cost = costs.item(order.item(0)), ITEM_COST + SPLIT_COST
-    long_items = int(np.count_nonzero(costs >= int32(math.ceil(_NEARLY_EQUAL * longest))))
+    longest, cost = kv_tiles.item(order.item(0)), ITEM_COST + SPLIT_COST
+    long_items = int(np.count_nonzero(kv_tiles >= int32(math.ceil(_NEARLY_EQUAL * longest))))
     first = (long_items * num_kv_heads - 1) // slots * slots // num_kv_heads
     pieces = (long_items - first) * num_kv_heads
-    free, whole = slots - pieces, costs.item(order.item(first))
+    free, whole = slots - pieces, kv_tiles.item(order.item(first))
     if free <= 0:
         return None, math.inf
     # A slot that is left over takes so many rests, one after the other, while the others work on
     # the long pieces: they end together where rests * (whole - piece + cost) = piece + cost.
     rests = -(-pieces // free)
     piece = math.ceil((rests * (whole + cost) - cost) / (rests + 1))
-    others = len(costs) - long_items
+    others = len(kv_tiles) - long_items
     if others:
         # The shorter items go to those slots too: no wave is shorter than one of them, nor than all
         # that is left to be done divided by the slots.
-        shorter = tiles - int(np.add.reduce(costs[order[:long_items]], dtype=np.int64))
+        shorter = tiles - int(np.add.reduce(kv_tiles[order[:long_items]], dtype=np.int64))
         work = (shorter + ITEM_COST * others) * num_kv_heads
         level = math.ceil((pieces * (whole + 2 * cost) + work) / slots) - cost
-        piece = max(piece, level, costs.item(order.item(long_items)))
+        piece = max(piece, level, kv_tiles.item(order.item(long_items)))
     if piece >= whole or whole + ITEM_COST - (piece + cost) < worth:
         return None, math.inf
     waves = first * num_kv_heads // slots

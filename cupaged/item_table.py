@@ -19,11 +19,6 @@ ITEM_FIELDS = ITEM_DTYPE.itemsize // 4
 REQUEST, ROW_BEGIN, KV_BEGIN, KV_END, SPLIT, NUM_SPLITS, FIRST_PARTIAL, MERGE = range(8)
 QO_BEGIN, QO_LEN, KV_LEN, PAGE_BEGIN = range(8, ITEM_FIELDS)
 
-#: A light item's KV tiles are read while others compute, and take so many times less than theirs.
-#: On an H200, splits that counted on 5 made one prefill among 63 decodes 9% faster, on 3 and 2 they
-#: made it 4 and 5% faster (bench/NOTES-sm90.md).
-LIGHT = 5
-
 _UINT16_MAX = 2**16 - 1
 
 #: More numbers than these are sorted faster as they are than by where they are.
@@ -68,27 +63,6 @@ def kv_tiles_of(items: IntArray, cta_tile_kv: int) -> IntArray:
     return ceil_div(items[:, KV_END] - items[:, KV_BEGIN], cta_tile_kv)
 
 
-def lighten(kv_tiles: IntArray, qo_len: IntArray, light_len: int) -> IntArray:
-    """What items cost: their KV tiles, and a fifth of them where requests are light.
-
-    Parameters
-    ----------
-    kv_tiles, qo_len : int32 [items]
-        KV tiles, and queries of the item's request.
-    light_len : int
-        Requests of at most so many queries are light; 0 for none.
-    """
-    if light_len == 0:
-        return kv_tiles
-    light = qo_len <= int32(light_len)
-    return kv_tiles - light * (kv_tiles * int32(LIGHT - 1) // int32(LIGHT))
-
-
-def costs_of(items: IntArray, cta_tile_kv: int, light_len: int) -> IntArray:
-    """What items cost, as `lighten()` has it: int32 [items]."""
-    return lighten(kv_tiles_of(items, cta_tile_kv), items[:, QO_LEN], light_len)
-
-
 def sums_before(counts: IntArray) -> IntArray:
     """Of each number, the sum of those before it."""
     sums: IntArray = np.add.accumulate(counts, dtype=np.int32)
@@ -97,7 +71,7 @@ def sums_before(counts: IntArray) -> IntArray:
 
 
 def longest_first(kv_tiles: IntArray) -> npt.NDArray[np.intp]:
-    """The order by descending KV tiles, or costs; equal ones as they come."""
+    """The order by descending KV tiles, equal ones as they come."""
     longest, count = kv_tiles.item(kv_tiles.argmax()), len(kv_tiles)
     if count > _MANY and longest < 1 << (31 - count.bit_length()):
         # NumPy sorts with vector instructions, but not where it has to say what went where. So what

@@ -19,7 +19,6 @@ from cupaged.item_table import (
     ceil_div,
     counting,
     int32,
-    lighten,
     unsplit_items,
 )
 from cupaged.kernel_spec import KernelConfig
@@ -55,12 +54,11 @@ class QueryTiles(NamedTuple):
     kv_tiles: IntArray
     cta_tile_q: int
 
-    def costs(self, light_len: int) -> IntArray:
-        """What each tile costs, as `lighten()` has it."""
+    @property
+    def qo_len(self) -> IntArray:
+        """Queries of each tile's request."""
         qo_len = self.requests[:, QO_LEN]
-        if light_len and self.request is not None:
-            qo_len = qo_len[self.request]
-        return lighten(self.kv_tiles, qo_len, light_len)
+        return qo_len if self.request is None else qo_len[self.request]
 
     def items(self, order: Indices) -> IntArray:
         """The tiles in that order, each as one unsplit item: int32 [tiles, fields of an item]."""

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cupaged import extents, heuristics, splits
+from cupaged import extents, heuristics, shape_choice, splits
 from cupaged.extents import CustomMask
 from cupaged.frames import Frame
-from cupaged.item_table import MERGE, costs_of, counting, longest_first
+from cupaged.item_table import MERGE, QO_LEN, counting, kv_tiles_of, longest_first
 from cupaged.kernel_spec import ITEM_DTYPE, KernelConfig
 from cupaged.query_tiles import Indices, QueryTiles, query_tiles
 from cupaged.spec import AttentionSpec, DeviceModel
-from cupaged.splits import Cut, Rule
+from cupaged.splits import Cut
 from cupaged.tiles import Shape, kernel_config, slots
 
 IntArray = npt.NDArray[np.int32]
@@ -154,33 +154,33 @@ def build(
             num_slots = slots(config, device)
             one_each = fewest > 0 and most <= config.cta_tile_q
             tiles = query_tiles(spec, config, lengths, chosen, one_each)
-            split_size = None
+            split_size, first = None, 0
             if fixed_split_size is not None:
                 split_size = min(fixed_split_size * spec.split_unit, splits.MAX_SPLIT)
-            light_len = heuristics.light_len(config, group, fewest, most)
+            kv_tiles = tiles.kv_tiles
             if narrowed:
                 # There is room in a frame for a run of each query tile.
                 one_run = frame is not None
-                runs = _visible_runs(spec, config, tiles, mask, split_size, one_run)
-                costs = costs_of(runs, config.cta_tile_kv, light_len)
-            else:
-                costs = tiles.costs(light_len)
-            order = longest_first(costs)
-            if by_request:
-                rule = Rule(split_size, split_size, light_len)
-            else:
+                runs, kv_tiles = _visible_runs(spec, config, tiles, mask, split_size, one_run)
+            order = longest_first(kv_tiles)
+            if split_size is None and not disable_split_kv:
+                light_len = heuristics.light_len(config, group, fewest, most)
+                light_tiles = 0
+                if light_len:
+                    item_qo_len = runs[:, QO_LEN] if narrowed else tiles.qo_len
+                    light_tiles = heuristics.light_tiles(kv_tiles, order, item_qo_len, light_len)
                 split = heuristics.choose_split(
-                    costs, order, spec.num_kv_heads, num_slots, shape == "long"
+                    *(kv_tiles, order, spec.num_kv_heads, num_slots, shape == "long", light_tiles)
                 )
-                rule = splits.rule(split, config.cta_tile_kv, light_len)
+                if split is not None:
+                    split_size, first = split.kv_tiles * config.cta_tile_kv, split.first
             most_partials = None if frame is None or by_request else frame[shape].partials
             if narrowed:
                 runs, from_zero = runs.take(order, axis=0), fixed_split_size is not None
-                cut = splits.cut_runs(runs, rule, from_zero, most_partials)
-                order = longest_first(costs_of(cut.items, config.cta_tile_kv, light_len))
-                cut = cut._replace(items=cut.items.take(order, axis=0))
-            elif rule.keys is not None:
-                cut = splits.cut(tiles.items(order), rule, config.cta_tile_kv, most_partials)
+                cut = _cut_runs(config, runs, (split_size, first), from_zero, most_partials)
+            elif split_size is not None:
+                items = tiles.items(order)
+                cut = splits.cut(items, split_size, first, config.cta_tile_kv, most_partials)
             else:
                 cut = Cut(tiles.items(order), 0, 0)
             grid = min(num_slots, len(cut.items) * spec.num_kv_heads)
@@ -212,11 +212,11 @@ def _members(
         (shape,) = frame
         return {shape: None}
     fewest, most, num_rows = rows
-    if most <= heuristics.SHORT_MAX_ROWS:
+    if most <= shape_choice.SHORT_MAX_ROWS:
         return {"short": None}
     config = kernel_config(device.arch, spec.needs, "long")
     num_slots = slots(config, device)
-    members = heuristics.choose_shapes(
+    members = shape_choice.choose_shapes(
         lengths.qo_len,
         lengths.kv_len,
         spec.gqa_group_size,
@@ -230,7 +230,7 @@ def _members(
     num_items = num_slots // spec.num_kv_heads
     if "long" in members and not by_request and len(lengths.kv_len) <= num_items:
         brief = kernel_config(device.arch, spec.needs, "brief")
-        if heuristics.is_brief(lengths.kv_len, num_rows, brief, num_items):
+        if shape_choice.is_brief(lengths.kv_len, num_rows, brief, num_items):
             members["brief"] = members.pop("long")
     return members
 
@@ -254,13 +254,15 @@ def _visible_runs(
     mask: CustomMask | None,
     split_size: int | None,
     one_run: bool,
-) -> IntArray:
+) -> tuple[IntArray, IntArray]:
     """What of query tiles' keys a window and a mask leave.
 
     Returns
     -------
-    int32 [runs, fields of ITEM_DTYPE]
+    runs : int32 [runs, fields of ITEM_DTYPE]
         Each as one unsplit item, with the number of its query tile for MERGE.
+    kv_tiles : int32 [runs]
+        Their KV tiles.
     """
     runs = tiles.items(np.arange(len(tiles.kv_end)))
     runs[:, MERGE] = counting(len(runs))
@@ -269,4 +271,23 @@ def _visible_runs(
         runs = extents.runs(runs, spec, mask, tile, split_size, one_run)
     else:
         extents.narrow(runs, spec, config.cta_tile_kv, split_size)
-    return runs
+    return runs, kv_tiles_of(runs, config.cta_tile_kv)
+
+
+def _cut_runs(
+    config: KernelConfig,
+    runs: IntArray,
+    split: tuple[int | None, int],
+    from_zero: bool,
+    most_partials: int | None,
+) -> Cut:
+    """Items of what `_visible_runs()` found, longest first: `splits.cut_runs()` and its arguments.
+
+    `split` is its `split_size` and `first`. Whole where more than `most_partials` partial states
+    would be needed.
+    """
+    cut = splits.cut_runs(runs, *split, from_zero)
+    if most_partials is not None and cut.num_partials > most_partials:
+        cut = splits.cut_runs(runs, None, 0, from_zero)
+    order = longest_first(kv_tiles_of(cut.items, config.cta_tile_kv))
+    return cut._replace(items=cut.items.take(order, axis=0))

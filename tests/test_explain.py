@@ -111,7 +111,7 @@ def test_a_piece_costs_its_tiles_and_its_overhead(planned: schedule.Schedule) ->
         light = launch.config.family == "prefill_sm90" and rows.max() > 64
         for item, few in zip(launch.items, (rows <= 64) & light, strict=True):
             tiles = len(range(item["kv_begin"], item["kv_end"], launch.config.cta_tile_kv))
-            tiles = -(-tiles // 5) if few else tiles
+            tiles = -(-tiles // 4) if few else tiles
             split = heuristics.SPLIT_COST if item["num_splits"] > 1 else 0
             for _ in range(planned.spec.num_kv_heads):
                 assert next(costs) == tiles + heuristics.ITEM_COST + split

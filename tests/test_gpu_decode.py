@@ -27,7 +27,7 @@ from gpu_calls import attention as prefill
 from hypothesis import given, settings
 from oracle import Formula
 
-from cupaged.heuristics import SHORT_MAX_ROWS
+from cupaged.shape_choice import SHORT_MAX_ROWS
 
 pytestmark = pytest.mark.gpu
 both_families = pytest.mark.usefixtures("family")

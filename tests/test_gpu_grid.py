@@ -26,7 +26,7 @@ from gpu_calls import (
 from hypothesis import given, settings
 from oracle import Formula
 
-from cupaged import heuristics
+from cupaged import shape_choice
 
 pytestmark = pytest.mark.gpu
 both_families = pytest.mark.usefixtures("family")
@@ -36,13 +36,13 @@ both_families = pytest.mark.usefixtures("family")
 
 def mixed_lengths(rng: np.random.Generator, group: int) -> tuple[list[int], list[int]]:
     """Requests of both tile shapes, more keys than queries and fewer."""
-    most_short = max(heuristics.SHORT_MAX_ROWS // group, 1)
+    most_short = max(shape_choice.SHORT_MAX_ROWS // group, 1)
     qo_len = [
-        int(rng.integers(heuristics.SHORT_MAX_ROWS + 1, 60)),
+        int(rng.integers(shape_choice.SHORT_MAX_ROWS + 1, 60)),
         1,
         int(rng.integers(1, most_short + 1)),
         0,
-        int(rng.integers(heuristics.SHORT_MAX_ROWS + 1, 150 // group + 40)),
+        int(rng.integers(shape_choice.SHORT_MAX_ROWS + 1, 150 // group + 40)),
     ]
     kv_len = [
         int(rng.integers(60, 200)),

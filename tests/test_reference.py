@@ -49,7 +49,7 @@ def test_many_tiles_and_splits_equal_the_formula(
     rng: np.random.Generator, group: int, causal: bool
 ) -> None:
     """A few long requests: the planner splits their keys of its own accord."""
-    batch = batches.build(rng, [5, 200], [1500, 1100], num_kv_heads=1, group=group, page_size=7)
+    batch = batches.build(rng, [5, 200], [1500, 700], num_kv_heads=1, group=group, page_size=7)
     wrapper = wrapper_for(batch)
     batch.plan(wrapper, causal=causal)
     assert any(launch.num_merges for launch in wrapper._plan.schedule.launches)
