@@ -18,8 +18,8 @@ from cupaged.kernel_spec import KernelConfig
 _LIGHT_ROWS = 64
 
 #: KV tiles of light items, which are read while others compute, take so many times less than
-#: theirs. Splits of the last wave that count on 5 made one prefill among 63 decodes 7 to 9% faster
-#: on an H200, on 3 and 2 they made it 5 and 0% faster (bench/NOTES-sm90.md).
+#: theirs. Last waves that were filled up counting on 5, 4 and 3 made one prefill among 63 decodes
+#: 8, 8 and 6% faster on an H200 (bench/NOTES-sm90.md).
 LIGHT = 4
 
 #: Costs in units of one KV tile's time. An item pays ITEM_COST for its first loads, its last
