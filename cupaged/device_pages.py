@@ -92,9 +92,17 @@ class _Answers:
             return self._memory.ptr + 4 * begin, self._words[begin : begin + count], self._number
 
 
+_making = threading.Lock()
+
+
 @cache
-def _answers() -> _Answers:
+def _only_answers() -> _Answers:
     return _Answers()
+
+
+def _answers() -> _Answers:
+    with _making:  # threads that ask first at once share one
+        return _only_answers()
 
 
 def worth_asking(page_indices: IntArray, indptr: IntArray, highest: int) -> bool:

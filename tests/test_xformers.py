@@ -239,7 +239,8 @@ def test_heads_that_share(
 def test_one_head_of_a_group_serves_it(rng: np.random.Generator) -> None:
     q, k, v = batched(rng, 1, 6, 2, 3), batched(rng, 1, 9, 2, 1), batched(rng, 1, 9, 2, 1)
     full = [np.ascontiguousarray(np.broadcast_to(x, (1, 9, 2, 3, 64))) for x in (k, v)]
-    assert (attention(q, k, v) == attention(q, *full)).all()
+    # Not to the bit: NumPy's products may round otherwise where a group's rows come together.
+    np.testing.assert_allclose(attention(q, k, v), attention(q, *full), rtol=0, atol=2e-3)
 
 
 def test_no_heads(rng: np.random.Generator) -> None:
