@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from cupaged import cuda, device_pages, devices, reference, schedule, tiles
-from cupaged.device_pages import DevicePages
+from cupaged import cuda, device_pages, device_schedule, devices, reference, schedule, tiles
+from cupaged.device_built_plan import DeviceBuiltPlan
+from cupaged.device_pages import DevicePages, Question
 from cupaged.device_plan import DevicePlan, PlacedPlan
+from cupaged.device_schedule import Outline
 from cupaged.errors import BackendUnavailableError
 from cupaged.schedule import Schedule
-from cupaged.spec import HOST_MODEL, DeviceModel
+from cupaged.spec import HOST_MODEL, AttentionSpec, DeviceModel
 
 Backend = Literal["auto", "reference", "cuda"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "cuda")
@@ -62,6 +65,45 @@ def send_ahead(
     return DevicePages(page_indices, indptr, highest, device)
 
 
+def plan_on_device(
+    spec: AttentionSpec,
+    lengths: schedule.Lengths,
+    page_indices: npt.NDArray[np.int32],
+    highest: int,
+    workspace: Any | None,
+    device: int,
+    ask: bool,
+) -> tuple[Plan, Question | None] | None:
+    """A plan whose schedule CUDA device `device`, the current one, builds; None where it can't.
+
+    Parameters
+    ----------
+    spec, lengths
+        Of a batch without a mask, whose splits the planner chooses.
+    page_indices : int32 [paged_kv_indptr[-1]]
+    highest : int
+        The highest page number.
+    workspace : cupy.ndarray, optional
+        The caller's bytes for partial states.
+    device : int
+    ask : bool
+        Ask the device whether a request has a page twice, where that pays.
+
+    Returns
+    -------
+    plan : Plan
+    question : Question or None
+    """
+    outlined = device_schedule.outline(spec, lengths, devices.device_model(device))
+    if outlined is None:
+        return None
+    if workspace is not None and workspace.nbytes < outlined.room.partial_bytes(spec):
+        return None  # it may have enough for this batch
+    ask = ask and device_pages.worth_asking(page_indices, lengths.paged_kv_indptr, highest)
+    placed = DeviceBuiltPlan(outlined, page_indices, device, workspace, highest if ask else None)
+    return Plan(outlined, page_indices, highest, workspace, placed), placed.question
+
+
 def refuse_recording(stream: int) -> None:
     """Refuse a plan on a stream that is being recorded: its copies would become part of the graph.
 
@@ -81,37 +123,47 @@ class Plan:
 
     Parameters
     ----------
-    planned : Schedule
+    planned : Schedule or Outline
     page_indices : int32 [paged_kv_indptr[-1]]
     highest_page : int
         The highest page number, -1 where there is none.
     workspace : cupy.ndarray, optional
         The caller's bytes for partial states.
     placed : PlacedPlan, optional
-        The one device's that it is for, where it can't be another.
+        On a device.
+    only_there : bool
+        It can't be on another.
     sent_ahead : DevicePages, optional
         The page table on a device.
     """
 
     def __init__(
         self,
-        planned: Schedule,
+        planned: Schedule | Outline,
         page_indices: npt.NDArray[np.int32],
         highest_page: int,
         workspace: Any | None,
         placed: PlacedPlan | None = None,
+        only_there: bool = False,
         sent_ahead: DevicePages | None = None,
     ) -> None:
-        self.schedule = planned
+        self._planned = planned
+        self.spec = planned.spec
+        self.lengths = planned.lengths
         self.nnz_qo = planned.lengths.nnz_qo
         self.page_indices = page_indices
         self.highest_page = highest_page
         self.workspace = workspace
-        self._placed = placed
+        self._only = placed if only_there else None
         self._sent_ahead = sent_ahead
         self._on_device: dict[int, PlacedPlan] = {}
         if placed is not None:
             self._on_device[placed.device] = placed
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The schedule; one that a device has built is built again, by the host."""
+        return self._planned if isinstance(self._planned, Schedule) else self._planned.build()
 
     def on_device(self, device: int) -> PlacedPlan:
         """The plan on CUDA device `device`, the current one; uploaded the first time.
@@ -123,9 +175,9 @@ class Plan:
         """
         found = self._on_device.get(device)
         if found is None:
-            if self._placed is not None:
+            if self._only is not None:
                 raise ValueError(
-                    f"q is on cuda:{device}, expected cuda:{self._placed.device}: "
+                    f"q is on cuda:{device}, expected cuda:{self._only.device}: "
                     "with use_cuda_graph=True a plan is for one device"
                 )
             model = devices.device_model(device)
@@ -169,7 +221,7 @@ class Plan:
         """
         if device is None:
             q, k, v, out, lse = tensors
-            if self.schedule.spec.kv_layout == "HND":
+            if self.spec.kv_layout == "HND":
                 k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
             reference.run(self.schedule, self.page_indices, q, k, v, out, lse, *factors, sinks)
             return False

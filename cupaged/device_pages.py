@@ -119,6 +119,39 @@ def worth_asking(page_indices: IntArray, indptr: IntArray, highest: int) -> bool
     return len(page_indices) >= _MIN_ENTRIES and len(indptr) <= _ROOM and bitmap <= _SHARED_BYTES
 
 
+class Question:
+    """Whether a request has a page twice, asked of a CUDA device.
+
+    Parameters
+    ----------
+    pages, indptr : int
+        Addresses of the page table, and of where each request's pages begin in it.
+    batch : int
+    highest : int
+        The highest page number.
+    device : int
+        CUDA device, the current one.
+    stream : int
+    """
+
+    def __init__(
+        self, pages: int, indptr: int, batch: int, highest: int, device: int, stream: int
+    ) -> None:
+        function = kernels.load(KERNEL, device_model(device).arch, device)
+        answers, self._words, self._number = _answers().take(batch)
+        num_words = highest // 32 + 1
+        memory, address = argument = _arguments.take()
+        _PARAMS.pack_into(memory, _PARAMS_BEGIN, pages, indptr, answers, self._number, num_words)
+        cupy().cuda.driver.launchKernel(
+            *(function, batch, 1, 1, _NUM_THREADS, 1, 1, 4 * num_words, stream, address, 0)
+        )
+        _arguments.put_back(argument)
+
+    def is_denied(self) -> bool:
+        """Whether the device has found by now that no request has a page twice."""
+        return bool((self._words == self._number).all())
+
+
 class DevicePages:
     """A page table on one CUDA device, which is asked whether a request has a page twice.
 
@@ -139,11 +172,11 @@ class DevicePages:
     device : int
     address : int
         Of the pages.
+    question : Question
     """
 
     def __init__(self, page_indices: IntArray, indptr: IntArray, highest: int, device: int) -> None:
-        cuda, batch = cupy().cuda, len(indptr) - 1
-        function = kernels.load(KERNEL, device_model(device).arch, device)
+        cuda = cupy().cuda
         indptr_begin = -(-len(page_indices) // _ALIGNMENT) * _ALIGNMENT
         size = indptr_begin + len(indptr)
         self._block, stream = cuda.alloc(4 * size), cuda.get_current_stream()
@@ -151,18 +184,7 @@ class DevicePages:
         upload([Upload(self._block, size, parts)], device, stream)
         self.device = device
         self.address: int = self._block.ptr
-        answers, self._words, self._number = _answers().take(batch)
-        num_words = highest // 32 + 1
-        memory, address = argument = _arguments.take()
-        _PARAMS.pack_into(
-            *(memory, _PARAMS_BEGIN, self.address, self.address + 4 * indptr_begin),
-            *(answers, self._number, num_words),
+        self.question = Question(
+            *(self.address, self.address + 4 * indptr_begin, len(indptr) - 1, highest),
+            *(device, stream.ptr),
         )
-        cuda.driver.launchKernel(
-            *(function, batch, 1, 1, _NUM_THREADS, 1, 1, 4 * num_words, stream.ptr, address, 0)
-        )
-        _arguments.put_back(argument)
-
-    def are_known_to_differ(self) -> bool:
-        """Whether the GPU has found by now that no request has a page twice."""
-        return bool((self._words == self._number).all())

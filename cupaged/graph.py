@@ -131,7 +131,9 @@ class Graph:
             self._frame, self._made_for, self._max_rows = frame, made_for, max_rows
         assert self._placed is not None
         self._placed.update(built, page_indices)
-        return backend.Plan(built, page_indices, highest_page, workspace, self._placed)
+        return backend.Plan(
+            built, page_indices, highest_page, workspace, self._placed, only_there=True
+        )
 
     def _check_size(self, lengths: Lengths, num_pages: int, names: Names) -> None:
         batch, buffers = len(lengths.kv_len), self.buffers

@@ -27,21 +27,26 @@ LIGHT = 4
 ITEM_COST = 2
 SPLIT_COST = 2
 
+# All shares are in percent, and all is reckoned in whole numbers but for one last division: so the
+# kernel of `build_schedule.cu`, which has them from here, chooses the same to the last bit.
+
 #: Filling a part-filled last wave has to save this share of a slot's mean work: an H200 at its
 #: power cap lost up to 0.9% where 1.5 to 1.9% were foretold, and gained 3.6% where 4.1% were.
-_WORTH = 0.03
+WORTH = 3
+#: Splitting all items is tried where they end so much above the mean.
+TOO_LATE = 110
 #: Of more waves than these, one is not worth so much.
-_MAX_WAVES = 33
+MAX_WAVES = 33
 #: Items make waves where they cost at least this share of the longest. Others fill the last wave
 #: up by themselves, as they lie longest first.
-_NEARLY_EQUAL = 0.85
+NEARLY_EQUAL = 85
 
 #: A split of fewer KV tiles than this isn't worth its item and merge cost.
-_MIN_TILES_PER_SPLIT = 4
+MIN_TILES_PER_SPLIT = 4
 
 #: Candidate splits, in shares of a slot's mean work: one or two waves of thread blocks, with slack
 #: for chunks that don't divide the tiles evenly.
-_CANDIDATES = (0.55, 0.75, 1.0, 1.15)
+CANDIDATES = (55, 75, 100, 115)
 
 
 def light_len(config: KernelConfig, group: int, fewest: int, most: int) -> int:
@@ -128,29 +133,29 @@ def choose_split(
         KV tiles of light items, see `light_len()`.
     """
     longest = kv_tiles.item(order.item(0))
-    if longest < 2 * _MIN_TILES_PER_SPLIT:
+    if longest < 2 * MIN_TILES_PER_SPLIT:
         return None
     tiles = int(np.add.reduce(kv_tiles, dtype=np.int64))
     num_items = len(kv_tiles) * num_kv_heads
     split, finish = None, math.inf
-    share = num_kv_heads / slots
-    mean = tiles * share + ITEM_COST * num_items / slots
-    worth = _WORTH * mean
-    if longest + ITEM_COST < worth:
+    # Of all slots together, as are the mean work and whatever is compared with it.
+    mean = tiles * num_kv_heads + ITEM_COST * num_items
+    if 100 * slots * (longest + ITEM_COST) < WORTH * mean:
         return None  # nor is a wave more or less
     unsplit = _waves_end(kv_tiles, order, num_kv_heads, slots)
     # No split can end before its pieces' mean, and there are no fewer pieces than items.
-    least = (tiles * num_kv_heads + (ITEM_COST + SPLIT_COST) * num_items) / slots
-    if unsplit > max(1.1 * mean, least):
-        chunks = _chunks(tiles * share, longest - 1)
+    least = mean + SPLIT_COST * num_items
+    if 100 * slots * unsplit > max(TOO_LATE * mean, 100 * least):
+        chunks = _chunks(tiles * num_kv_heads, slots, longest - 1)
         if fill_last_wave:
             # Pieces nearly as long as the items make the same waves.
-            chunks = [chunk for chunk in chunks if chunk < _NEARLY_EQUAL * longest]
+            chunks = [chunk for chunk in chunks if 100 * chunk < NEARLY_EQUAL * longest]
         split, finish = _split_all(kv_tiles, order, num_kv_heads, slots, tiles, chunks, unsplit)
     saved = light_tiles - light_tiles // LIGHT
-    if fill_last_wave and num_items > slots and unsplit - mean + saved * share >= worth:
+    late = slots * unsplit - mean + saved * num_kv_heads
+    if fill_last_wave and num_items > slots and 100 * late >= WORTH * mean:
         other, its_finish = _split_last_wave(
-            kv_tiles, order, num_kv_heads, slots, tiles - saved, worth
+            kv_tiles, order, num_kv_heads, slots, tiles - saved, mean
         )
         # In one wave, how the shorter items fall decides more than this foretells.
         if split is None or (its_finish < finish and other is not None and other.first):
@@ -160,14 +165,14 @@ def choose_split(
 
 def _waves_end(
     kv_tiles: IntArray, order: npt.NDArray[np.intp], num_kv_heads: int, slots: int
-) -> float:
+) -> int:
     """When the items end at the earliest, as waves; the parameters are `choose_split`'s.
 
     A wave's first piece waits for one at least as long in every wave before it.
     """
     longest = kv_tiles.item(order.item(0)) + ITEM_COST
     end = 0
-    for wave in range(min(-(-len(kv_tiles) * num_kv_heads // slots), _MAX_WAVES), 0, -1):
+    for wave in range(min(-(-len(kv_tiles) * num_kv_heads // slots), MAX_WAVES), 0, -1):
         if longest * wave <= end:
             break  # fewer waves end no later
         first = kv_tiles.item(order.item((wave - 1) * slots // num_kv_heads))
@@ -175,10 +180,10 @@ def _waves_end(
     return end
 
 
-def _chunks(share: float, highest: int) -> list[int]:
-    """Candidates for the KV tiles of a piece, where a slot's mean work is so many; ascending."""
-    lowest = _MIN_TILES_PER_SPLIT
-    return [min(max(math.ceil(c * share), lowest), highest) for c in _CANDIDATES]
+def _chunks(work: int, slots: int, highest: int) -> list[int]:
+    """Candidates for the KV tiles of a piece, where all slots have so much work; ascending."""
+    shares = [-(-percent * work // (100 * slots)) for percent in CANDIDATES]
+    return [min(max(share, MIN_TILES_PER_SPLIT), highest) for share in shares]
 
 
 def _split_all(
@@ -188,7 +193,7 @@ def _split_all(
     slots: int,
     tiles: int,
     chunks: list[int],
-    unsplit: float,
+    unsplit: int,
 ) -> tuple[Split | None, float]:
     """The best of some candidates, where it ends earlier than without a split; and when that is.
 
@@ -200,7 +205,7 @@ def _split_all(
         Sum of `kv_tiles`.
     chunks : list of int
         Candidates, ascending.
-    unsplit : float
+    unsplit : int
         When the items end that aren't split.
     """
     if not chunks:
@@ -208,7 +213,7 @@ def _split_all(
     # No more items than these can be as long as a chunk. They are so few that plain Python is
     # faster than NumPy's calls.
     long_items = kv_tiles[order[: tiles // chunks[0]]].tolist()
-    best, finish = 0, unsplit
+    best, finish = 0, float(unsplit)
     for chunk in chunks:
         if chunk + ITEM_COST + SPLIT_COST >= finish:
             break  # its first piece alone takes as long, and those of longer chunks do
@@ -232,7 +237,7 @@ def _split_last_wave(
     num_kv_heads: int,
     slots: int,
     tiles: int,
-    worth: float,
+    mean: int,
 ) -> tuple[Split | None, float]:
     """Cut each long item of the last wave in two: a long piece, and a rest for the slots left over.
 
@@ -244,8 +249,8 @@ def _split_last_wave(
         Those of `choose_split`.
     tiles : int
         Sum of `kv_tiles`, light ones counted for as much as they take.
-    worth : float
-        The least that has to be saved, in KV tiles.
+    mean : int
+        A slot's mean work, times `slots`.
 
     Returns
     -------
@@ -254,7 +259,7 @@ def _split_last_wave(
         When it ends; infinite without one.
     """
     longest, cost = kv_tiles.item(order.item(0)), ITEM_COST + SPLIT_COST
-    long_items = int(np.count_nonzero(kv_tiles >= int32(math.ceil(_NEARLY_EQUAL * longest))))
+    long_items = int(np.count_nonzero(kv_tiles >= int32(-(-NEARLY_EQUAL * longest // 100))))
     first = (long_items * num_kv_heads - 1) // slots * slots // num_kv_heads
     pieces = (long_items - first) * num_kv_heads
     free, whole = slots - pieces, kv_tiles.item(order.item(first))
@@ -263,16 +268,17 @@ def _split_last_wave(
     # A slot that is left over takes so many rests, one after the other, while the others work on
     # the long pieces: they end together where rests * (whole - piece + cost) = piece + cost.
     rests = -(-pieces // free)
-    piece = math.ceil((rests * (whole + cost) - cost) / (rests + 1))
+    piece = -(-(rests * (whole + cost) - cost) // (rests + 1))
     others = len(kv_tiles) - long_items
     if others:
         # The shorter items go to those slots too: no wave is shorter than one of them, nor than all
         # that is left to be done divided by the slots.
         shorter = tiles - int(np.add.reduce(kv_tiles[order[:long_items]], dtype=np.int64))
         work = (shorter + ITEM_COST * others) * num_kv_heads
-        level = math.ceil((pieces * (whole + 2 * cost) + work) / slots) - cost
+        level = -(-(pieces * (whole + 2 * cost) + work) // slots) - cost
         piece = max(piece, level, kv_tiles.item(order.item(long_items)))
-    if piece >= whole or whole + ITEM_COST - (piece + cost) < worth:
+    saved = whole + ITEM_COST - (piece + cost)
+    if piece >= whole or 100 * slots * saved < WORTH * mean:
         return None, math.inf
     waves = first * num_kv_heads // slots
     return Split(piece, first), waves * (longest + ITEM_COST) + piece + cost
@@ -285,7 +291,7 @@ def _split_finish(
     overhead = ITEM_COST + SPLIT_COST
     mean = (tiles + (wholes + rests) * overhead) * num_kv_heads / slots
     # Whole pieces come first, in waves; rests fill the last wave up, and then begin another.
-    waves = math.ceil(wholes * num_kv_heads / slots)
+    waves = -(-wholes * num_kv_heads // slots)
     finish: float = waves * (chunk + overhead)
     if rests * num_kv_heads > waves * slots - wholes * num_kv_heads:
         finish += (tiles - wholes * chunk) / rests + overhead
@@ -299,4 +305,4 @@ def most_partials(slots: int, num_kv_heads: int) -> int:
     two pieces at least: so there are at most twice as many pieces as go into all the work. Where
     all items are shorter than that share, pieces may be too, and there may be more.
     """
-    return math.ceil(2 * slots / (_CANDIDATES[0] * num_kv_heads)) + 1
+    return -(-200 * slots // (CANDIDATES[0] * num_kv_heads)) + 1

@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any
 
 import cupaged
-from cupaged import append_cuda, device_pages, devices, kernels, merge_cuda
+from cupaged import append_cuda, device_pages, device_schedule, devices, kernels, merge_cuda
 from cupaged.errors import BackendUnavailableError
 from cupaged.kernel_spec import Kernel
 
@@ -121,6 +121,7 @@ def _cache_lines(architectures: list[int]) -> list[str]:
             *append_cuda.KERNELS,
             *merge_cuda.KERNELS.values(),
             device_pages.KERNEL,
+            device_schedule.KERNEL,
         ]
         compiled = [each.name for each in every if kernels.find_cached(each, arch) is not None]
         words = f"{len(compiled)} of {len(every)} compiled for {kernels.target(arch)}"

@@ -80,7 +80,7 @@ BatchPrefillWithRaggedKVCacheWrapper
     planned = plan._plan
     if planned is None:
         raise RuntimeError("paged_attention() before plan()")
-    spec = planned.schedule.spec
+    spec = planned.spec
     num_rows = _check(plan, spec, planned.nnz_qo, (q, k_pages, v_pages), sinks)
     validate.logit_scale(spec.sm_scale, q_scale, k_scale)
     factors = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}

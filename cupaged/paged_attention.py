@@ -48,7 +48,7 @@ class PagedAttention(PlannedAttention):
     def _check_window(self, window_left: Any) -> None:
         """Refuse a window that isn't the planned one."""
         if self._plan is not None:
-            planned = self._plan.schedule.spec.window_left
+            planned = self._plan.spec.window_left
             validate.window_as_planned(window_left, planned)
 
     def _attend(
@@ -78,7 +78,7 @@ class PagedAttention(PlannedAttention):
         """Shape of the output for so many rows of q."""
         if self._plan is None:
             raise RuntimeError("run() before plan()")
-        spec = self._plan.schedule.spec
+        spec = self._plan.spec
         return num_rows, spec.num_qo_heads, spec.head_dim_vo
 
     def attend(
@@ -98,7 +98,7 @@ class PagedAttention(PlannedAttention):
         plan = self._plan
         if plan is None:
             raise RuntimeError("run() before plan()")
-        spec = plan.schedule.spec
+        spec = plan.spec
         queries = arrays.import_tensor(q, "q")
         keys, values, num_pages = self._keys_and_values(paged_kv_cache, q, spec)
         num_rows = validate_run.query(
@@ -110,7 +110,7 @@ class PagedAttention(PlannedAttention):
         if plan.workspace is not None:
             validate_run.workspace_device(plan.workspace, device, "q is")
         if plan.highest_page >= num_pages:
-            lengths = plan.schedule.lengths
+            lengths = plan.lengths
             self._check_range(plan.page_indices, plan.highest_page, lengths, num_pages)
         if sinks is not None:
             sinks = arrays.import_tensor(sinks, "sinks", q)

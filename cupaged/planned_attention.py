@@ -8,6 +8,7 @@ import numpy as np
 
 from cupaged import arrays, schedule, torch_ops, validate, validate_lengths, validate_run
 from cupaged import backend as backend_room
+from cupaged.device_pages import Question
 from cupaged.graph import Graph
 from cupaged.graph_buffers import GraphBuffers
 from cupaged.schedule import IntArray, Lengths
@@ -178,6 +179,15 @@ class PlannedAttention:
         mask: CustomMask | None,
     ) -> backend_room.Plan:
         """A plan with memory of its own, on the current device."""
+        question, choices = None, (mask, *splits)
+        if device is not None and choices == (None, None, False):
+            found = backend_room.plan_on_device(
+                *(spec, lengths, pages, highest, self._workspace, device, self._pages_may_repeat)
+            )
+            if found is not None:
+                plan, question = found
+                self._warn_of_repeats(lengths, pages, highest, question)
+                return plan
         table = None
         if device is not None and self._pages_may_repeat:
             # The GPU looks at it while the host goes on.
@@ -189,9 +199,15 @@ class PlannedAttention:
         plan = backend_room.Plan(built, pages, highest, self._workspace, sent_ahead=table)
         if device is not None:
             plan.on_device(device)
-        if self._pages_may_repeat and (table is None or not table.are_known_to_differ()):
-            validate_lengths.warn_of_repeated_pages(lengths, pages, highest, self._names)
+        self._warn_of_repeats(lengths, pages, highest, None if table is None else table.question)
         return plan
+
+    def _warn_of_repeats(
+        self, lengths: Lengths, pages: IntArray, highest: int, question: Question | None
+    ) -> None:
+        """Warn of pages that a request has twice, unless the device has found that none has."""
+        if self._pages_may_repeat and (question is None or not question.is_denied()):
+            validate_lengths.warn_of_repeated_pages(lengths, pages, highest, self._names)
 
     def planning_place(self, index_arrays: tuple[Any, ...]) -> tuple[int | None, int]:
         """The CUDA device to plan for, None for the host, and the stream to upload on.

@@ -144,12 +144,10 @@ def build(
     # Bits may depend on the batch only where the caller has not asked that they don't.
     by_request = fixed_split_size is not None or disable_split_kv
     group = spec.gqa_group_size
-    num_rows = lengths.nnz_qo * group
-    if num_rows:
-        qo_len = lengths.qo_len
-        fewest, most = qo_len.item(qo_len.argmin()) * group, qo_len.item(qo_len.argmax()) * group
-        rows = (fewest, most, num_rows)
-        for shape, chosen in _members(spec, lengths, device, rows, by_request, frame).items():
+    if lengths.nnz_qo:
+        rows = packed_rows(spec, lengths)
+        fewest, most, _ = rows
+        for shape, chosen in members(spec, lengths, device, rows, by_request, frame).items():
             config = kernel_config(device.arch, spec.needs, shape)
             num_slots = slots(config, device)
             one_each = fewest > 0 and most <= config.cta_tile_q
@@ -196,17 +194,38 @@ def build(
     )
 
 
-def _members(
+class PackedRows(NamedTuple):
+    """Packed rows: the fewest and the most of a request, and those of all."""
+
+    fewest: int
+    most: int
+    all: int
+
+
+def packed_rows(spec: AttentionSpec, lengths: Lengths) -> PackedRows:
+    """Those of a batch that has a row."""
+    qo_len, group = lengths.qo_len, spec.gqa_group_size
+    fewest, most = qo_len.item(qo_len.argmin()), qo_len.item(qo_len.argmax())
+    return PackedRows(fewest * group, most * group, lengths.nnz_qo * group)
+
+
+def members(
     spec: AttentionSpec,
     lengths: Lengths,
     device: DeviceModel,
-    rows: tuple[int, int, int],
+    rows: PackedRows,
     by_request: bool,
-    frame: Frame | None,
+    frame: Frame | None = None,
 ) -> dict[Shape, Indices | None]:
     """Which requests take which shape of query tile; None for all of them.
 
-    `rows` are the fewest and the most packed rows of a request, and those of all.
+    Parameters
+    ----------
+    spec, lengths, device, frame
+        As `build()` takes them.
+    rows : PackedRows
+    by_request : bool
+        Decide each request by its own length alone.
     """
     if frame is not None and len(frame) == 1:
         (shape,) = frame
@@ -216,7 +235,7 @@ def _members(
         return {"short": None}
     config = kernel_config(device.arch, spec.needs, "long")
     num_slots = slots(config, device)
-    members = shape_choice.choose_shapes(
+    chosen = shape_choice.choose_shapes(
         lengths.qo_len,
         lengths.kv_len,
         spec.gqa_group_size,
@@ -228,11 +247,11 @@ def _members(
         by_request,
     )
     num_items = num_slots // spec.num_kv_heads
-    if "long" in members and not by_request and len(lengths.kv_len) <= num_items:
+    if "long" in chosen and not by_request and len(lengths.kv_len) <= num_items:
         brief = kernel_config(device.arch, spec.needs, "brief")
         if shape_choice.is_brief(lengths.kv_len, num_rows, brief, num_items):
-            members["brief"] = members.pop("long")
-    return members
+            chosen["brief"] = chosen.pop("long")
+    return chosen
 
 
 def rebuild(schedule: Schedule, device: DeviceModel) -> Schedule:

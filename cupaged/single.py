@@ -254,7 +254,7 @@ def _attend(
     else:
         wrapper = kept
         assert wrapper._plan is not None
-        lengths = wrapper._plan.schedule.lengths
+        lengths = wrapper._plan.lengths
         validate_lengths.warn_of_too_few_keys(spec, lengths, SINGLE_NAMES)
     rows = q if len(axes) == 2 else q.reshape((1, *q.shape))
     result = wrapper.run(rows, k, v, **run_options)

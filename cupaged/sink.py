@@ -133,7 +133,7 @@ paged_kv_indices_buf, paged_kv_last_page_len_buf, custom_mask_buf, mask_indptr_b
         if options.get("sinks") is not None:
             raise ValueError("sink and sinks exclude each other")
         if sm_scale is not None and self._plan is not None:
-            planned = self._plan.schedule.spec.sm_scale
+            planned = self._plan.spec.sm_scale
             given = validate.scale(sm_scale, "sm_scale")
             if given != planned:
                 if planned == 0:

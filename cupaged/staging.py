@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,7 +51,12 @@ class _Staging:
     event: Any
 
 
-def upload(uploads: Sequence[Upload], device: int, stream: Any) -> Any:
+def upload(
+    uploads: Sequence[Upload],
+    device: int,
+    stream: Any,
+    then: Callable[[], None] | None = None,
+) -> Any:
     """Start the copies, in their order; returns the event after the last.
 
     Parameters
@@ -61,6 +66,8 @@ def upload(uploads: Sequence[Upload], device: int, stream: Any) -> Any:
         CUDA device, the current one.
     stream : cupy.cuda.Stream
         Of that device.
+    then : callable, optional
+        Launches what works on the copies; the event comes after that.
     """
     size = 0
     for each in uploads:
@@ -86,5 +93,7 @@ def upload(uploads: Sequence[Upload], device: int, stream: Any) -> Any:
                 words[end : begin + length] = 0
             target.copy_from_host_async(staging.memory.ptr + begin * 4, length * 4, stream)
             begin += length
+        if then is not None:
+            then()
         staging.event.record(stream)
     return staging.event
