@@ -73,6 +73,7 @@ def plan_on_device(
     workspace: Any | None,
     device: int,
     ask: bool,
+    equal_rows: int | None = None,
 ) -> tuple[Plan, Question | None] | None:
     """A plan whose schedule CUDA device `device`, the current one, builds; None where it can't.
 
@@ -88,18 +89,20 @@ def plan_on_device(
     device : int
     ask : bool
         Ask the device whether a request has a page twice, where that pays.
+    equal_rows : int, optional
+        Rows of q of every request, where they can't be anything else.
 
     Returns
     -------
     plan : Plan
     question : Question or None
     """
-    outlined = device_schedule.outline(spec, lengths, devices.device_model(device))
+    outlined = device_schedule.outline(spec, lengths, devices.device_model(device), equal_rows)
     if outlined is None:
         return None
-    if workspace is not None and workspace.nbytes < outlined.room.partial_bytes(spec):
+    if workspace is not None and workspace.nbytes < outlined.recipe.partial_bytes:
         return None  # it may have enough for this batch
-    ask = ask and device_pages.worth_asking(page_indices, lengths.paged_kv_indptr, highest)
+    ask = ask and device_schedule.can_ask(page_indices, lengths.paged_kv_indptr, highest)
     placed = DeviceBuiltPlan(outlined, page_indices, device, workspace, highest if ask else None)
     return Plan(outlined, page_indices, highest, workspace, placed), placed.question
 

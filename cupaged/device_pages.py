@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,8 +25,9 @@ from cupaged.staging import IntArray, Upload, upload
 _NUM_THREADS = 256
 #: A bit a page; as much as a block may have on every GPU that is served.
 _SHARED_BYTES = 96 * 1024
-#: Of fewer entries than this, asking the GPU takes the host longer than looking for itself.
+#: Of fewer entries than this, sending them ahead takes the host longer than looking for itself.
 _MIN_ENTRIES = 12_288
+_UINT32_MAX = 2**32 - 1
 #: Answers, of 4 bytes, that all questions share.
 _ROOM = 1 << 16
 #: Parts of the uploaded block begin at multiples of this many int32.
@@ -35,7 +37,8 @@ REPEATS_DTYPE = np.dtype(
     [(pointer, np.uint64) for pointer in ("pages", "indptr", "answers")]
     + [("none", np.uint32), ("num_words", np.int32)]
 )
-_PARAMS = struct.Struct("3QIi")
+#: Its fields.
+PARAMS = struct.Struct("3QIi")
 _LAYOUT = ArgumentLayout(REPEATS_DTYPE.itemsize)
 (_PARAMS_BEGIN,) = _LAYOUT.begins
 _arguments = Arguments(_LAYOUT)
@@ -105,7 +108,13 @@ def _answers() -> _Answers:
         return _only_answers()
 
 
-def worth_asking(page_indices: IntArray, indptr: IntArray, highest: int) -> bool:
+def worth_asking(
+    page_indices: IntArray,
+    indptr: IntArray,
+    highest: int,
+    shared_bytes: int = _SHARED_BYTES,
+    fewest: int = _MIN_ENTRIES,
+) -> bool:
     """Whether the GPU looks for repeated pages, and does so sooner than the host would.
 
     Parameters
@@ -114,13 +123,17 @@ def worth_asking(page_indices: IntArray, indptr: IntArray, highest: int) -> bool
     indptr : int32 [batch + 1]
     highest : int
         The highest page number.
+    shared_bytes : int
+        What a block has for a bit a page.
+    fewest : int
+        Of fewer entries than this, asking takes the host longer than looking.
     """
     bitmap = 4 * (highest // 32 + 1)
-    return len(page_indices) >= _MIN_ENTRIES and len(indptr) <= _ROOM and bitmap <= _SHARED_BYTES
+    return len(page_indices) >= fewest and len(indptr) <= _ROOM and bitmap <= shared_bytes
 
 
 class Question:
-    """Whether a request has a page twice, asked of a CUDA device.
+    """Whether a request of a page table has a page twice, for a CUDA device to answer.
 
     Parameters
     ----------
@@ -129,27 +142,35 @@ class Question:
     batch : int
     highest : int
         The highest page number.
-    device : int
-        CUDA device, the current one.
-    stream : int
+    patience : float
+        Seconds that an answer is waited for.
+
+    Attributes
+    ----------
+    parameters : tuple of int
+        The fields of REPEATS_DTYPE.
+    shared_bytes : int
+        Of a block that looks for the answer. There is one for each request.
     """
 
+    __slots__ = ("_number", "_patience", "_words", "parameters", "shared_bytes")
+
     def __init__(
-        self, pages: int, indptr: int, batch: int, highest: int, device: int, stream: int
+        self, pages: int, indptr: int, batch: int, highest: int, patience: float = 0.0
     ) -> None:
-        function = kernels.load(KERNEL, device_model(device).arch, device)
+        self._patience = patience
         answers, self._words, self._number = _answers().take(batch)
         num_words = highest // 32 + 1
-        memory, address = argument = _arguments.take()
-        _PARAMS.pack_into(memory, _PARAMS_BEGIN, pages, indptr, answers, self._number, num_words)
-        cupy().cuda.driver.launchKernel(
-            *(function, batch, 1, 1, _NUM_THREADS, 1, 1, 4 * num_words, stream, address, 0)
-        )
-        _arguments.put_back(argument)
+        self.parameters = (pages, indptr, answers, self._number, num_words)
+        self.shared_bytes = 4 * num_words
 
     def is_denied(self) -> bool:
-        """Whether the device has found by now that no request has a page twice."""
-        return bool((self._words == self._number).all())
+        """Whether the device finds in time that no request has a page twice."""
+        end = time.perf_counter() + self._patience
+        while not (self._words == self._number).all():
+            if time.perf_counter() >= end or (self._words == ~self._number & _UINT32_MAX).any():
+                return False
+        return True
 
 
 class DevicePages:
@@ -184,7 +205,13 @@ class DevicePages:
         upload([Upload(self._block, size, parts)], device, stream)
         self.device = device
         self.address: int = self._block.ptr
-        self.question = Question(
-            *(self.address, self.address + 4 * indptr_begin, len(indptr) - 1, highest),
-            *(device, stream.ptr),
+        batch = len(indptr) - 1
+        self.question = Question(self.address, self.address + 4 * indptr_begin, batch, highest)
+        function = kernels.load(KERNEL, device_model(device).arch, device)
+        memory, address = argument = _arguments.take()
+        PARAMS.pack_into(memory, _PARAMS_BEGIN, *self.question.parameters)
+        shared_bytes = self.question.shared_bytes
+        cuda.driver.launchKernel(
+            *(function, batch, 1, 1, _NUM_THREADS, 1, 1, shared_bytes, stream.ptr, address, 0)
         )
+        _arguments.put_back(argument)

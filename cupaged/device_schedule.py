@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupaged import heuristics, schedule
+from cupaged.device_pages import PARAMS, REPEATS_DTYPE, Question, worth_asking
 from cupaged.devices import cupy
 from cupaged.frames import Room
 from cupaged.kernel_spec import ITEM_DTYPE
 from cupaged.launch_arguments import ArgumentLayout, Arguments
-from cupaged.schedule import Lengths, Schedule
+from cupaged.schedule import IntArray, Lengths, Schedule
 from cupaged.spec import AttentionSpec, DeviceModel
 from cupaged.tiles import Shape, kernel_config, slots
 
@@ -29,6 +31,8 @@ _MAX_ITEMS = 1 << _INDEX_BITS
 _MAX_KV_TILES = (1 << (32 - _INDEX_BITS)) - 1
 #: A split tile has two partial states at least, and a thread.
 _MAX_PARTIALS = 2 * _NUM_THREADS
+#: Of a page table of fewer entries, asking beside takes the host longer than looking for itself.
+_MIN_ENTRIES = 2048
 #: Of fewer requests the host builds the schedule: what it launches then is as small as the batch.
 _MIN_BATCH, _MAX_BATCH = 32, 4096
 
@@ -38,15 +42,12 @@ _NUMBERS = (
     *("cta_tile_q", "cta_tile_kv", "slots", "fill_last_wave", "light_len"),
 )
 BUILD_DTYPE = np.dtype(
-    {
-        "names": [*_POINTERS, *_NUMBERS],
-        "formats": [np.uint64] * len(_POINTERS) + [np.int32] * len(_NUMBERS),
-        "offsets": [8 * i for i in range(len(_POINTERS))]
-        + [8 * len(_POINTERS) + 4 * i for i in range(len(_NUMBERS))],
-        "itemsize": 8 * len(_POINTERS) + 4 * len(_NUMBERS) + 4,  # a multiple of 8
-    }
+    [(pointer, np.uint64) for pointer in _POINTERS]
+    + [(number, np.int32) for number in _NUMBERS]
+    + [("to_align", np.int32), ("repeats", REPEATS_DTYPE)]
 )
-_PARAMS = struct.Struct(f"{len(_POINTERS)}Q{len(_NUMBERS)}i")
+_PARAMS = struct.Struct(f"{len(_POINTERS)}Q{len(_NUMBERS)}i4x{PARAMS.format}")
+_NO_QUESTION = (0,) * 5
 _LAYOUT = ArgumentLayout(BUILD_DTYPE.itemsize)
 (_PARAMS_BEGIN,) = _LAYOUT.begins
 _arguments = Arguments(_LAYOUT)
@@ -87,10 +88,53 @@ class BuildKernel:
     @property
     def structs(self) -> dict[str, np.dtype[Any]]:
         """The structs of the source."""
-        return {"BuildSchedule": BUILD_DTYPE, "Item": ITEM_DTYPE}
+        return {"BuildSchedule": BUILD_DTYPE, "Item": ITEM_DTYPE, "Repeats": REPEATS_DTYPE}
 
 
 KERNEL = BuildKernel()
+
+
+class Recipe:
+    """What a spec and a machine decide for all batches of one shape of query tile.
+
+    Parameters
+    ----------
+    spec : AttentionSpec
+    device : DeviceModel
+        What batches are divided for.
+    shape : Shape
+
+    Attributes
+    ----------
+    config : KernelConfig
+    num_slots : int
+        Thread blocks of it that run at once.
+    partials : int
+        Partial-state slots that there is room for.
+    partial_rows, partial_bytes : int
+        What they take.
+    num_merge_counters : int
+        Counters of the query tiles that may be split.
+    numbers : tuple of int
+        Fields of BUILD_DTYPE, from `gqa_group_size` to `fill_last_wave`.
+    """
+
+    def __init__(self, spec: AttentionSpec, device: DeviceModel, shape: Shape) -> None:
+        self.spec, self.device, self.shape = spec, device, shape
+        self.config = config = kernel_config(device.arch, spec.needs, shape)
+        self.num_slots = slots(config, device)
+        self.partials = heuristics.most_partials(self.num_slots, spec.num_kv_heads)
+        room = Room(config, 0, self.partials)
+        self.partial_rows = self.partials * spec.num_kv_heads * config.cta_tile_q
+        self.partial_bytes = room.partial_bytes(spec)
+        self.num_merge_counters = room.merges * spec.num_kv_heads * config.splits_merged_by
+        self.numbers = (
+            *(spec.gqa_group_size, spec.num_kv_heads, spec.causal),
+            *(config.cta_tile_q, config.cta_tile_kv, self.num_slots, shape == "long"),
+        )
+
+
+_recipe = lru_cache(maxsize=64)(Recipe)
 
 
 class Outline(NamedTuple):
@@ -98,59 +142,74 @@ class Outline(NamedTuple):
 
     Attributes
     ----------
-    spec : AttentionSpec
-    device : DeviceModel
-        What it is divided for.
+    recipe : Recipe
     lengths : Lengths
-    shape : Shape
-        Of all query tiles.
-    room : Room
+    tiles : int
+        Query tiles that there is room for.
     light_len : int
         Of `heuristics.light_len()`.
     """
 
-    spec: AttentionSpec
-    device: DeviceModel
+    recipe: Recipe
     lengths: Lengths
-    shape: Shape
-    room: Room
+    tiles: int
     light_len: int
 
     @property
-    def grid(self) -> int:
-        """Thread blocks; one that finds no work ends."""
-        room = self.room
-        return min(slots(room.config, self.device), room.items * self.spec.num_kv_heads)
+    def spec(self) -> AttentionSpec:
+        """What is computed."""
+        return self.recipe.spec
 
     def build(self) -> Schedule:
         """The schedule, by the host: item for item what the device builds."""
-        frame = {self.shape: self.room}
-        return schedule.build(self.spec, self.lengths, self.device, frame=frame)
+        recipe = self.recipe
+        frame = {recipe.shape: Room(recipe.config, self.tiles, recipe.partials)}
+        return schedule.build(recipe.spec, self.lengths, recipe.device, frame=frame)
 
 
-def outline(spec: AttentionSpec, lengths: Lengths, device: DeviceModel) -> Outline | None:
-    """A batch that the GPU builds the schedule of; None where the host has to, or had better."""
+def outline(
+    spec: AttentionSpec, lengths: Lengths, device: DeviceModel, equal_rows: int | None = None
+) -> Outline | None:
+    """A batch that the GPU builds the schedule of; None where the host has to, or had better.
+
+    `equal_rows` are the rows of q of every request, where they can't be anything else.
+    """
     batch = len(lengths.kv_len)
     if not _MIN_BATCH <= batch <= _MAX_BATCH or spec.window_left >= 0 or not lengths.nnz_qo:
         return None
-    rows = schedule.packed_rows(spec, lengths)
+    group = spec.gqa_group_size
+    if equal_rows is None:
+        rows = schedule.packed_rows(spec, lengths)
+    else:
+        rows = schedule.PackedRows(equal_rows * group, equal_rows * group, lengths.nnz_qo * group)
     members = schedule.members(spec, lengths, device, rows, by_request=False)
     if len(members) > 1:
         return None
     (shape,) = members
-    config = kernel_config(device.arch, spec.needs, shape)
-    num_slots = slots(config, device)
-    partials = heuristics.most_partials(num_slots, spec.num_kv_heads)
-    room = Room(config, rows.all // config.cta_tile_q + batch, partials)
-    most_keys = lengths.kv_len.item(lengths.kv_len.argmax())
-    if (
-        room.items > _MAX_ITEMS
-        or partials > _MAX_PARTIALS
-        or most_keys > _MAX_KV_TILES * config.cta_tile_kv
-    ):
+    recipe = _recipe(spec, device, shape)
+    config, tiles = recipe.config, rows.all // recipe.config.cta_tile_q + batch
+    if tiles + recipe.partials > _MAX_ITEMS or recipe.partials > _MAX_PARTIALS:
         return None
-    light_len = heuristics.light_len(config, spec.gqa_group_size, rows.fewest, rows.most)
-    return Outline(spec, device, lengths, shape, room, light_len)
+    most_keys = _MAX_KV_TILES * config.cta_tile_kv
+    if lengths.paged_kv_indptr.item(-1) * spec.page_size > most_keys:  # else no request has more
+        longest = lengths.kv_len.argmax()
+        if lengths.kv_len.item(longest) > most_keys:
+            return None
+    light_len = heuristics.light_len(config, group, rows.fewest, rows.most)
+    return Outline(recipe, lengths, tiles, light_len)
+
+
+def can_ask(page_indices: IntArray, indptr: IntArray, highest: int) -> bool:
+    """Whether to look for pages that a request has twice beside building its schedule.
+
+    Parameters
+    ----------
+    page_indices : int32 [indptr[-1]]
+    indptr : int32 [batch + 1]
+    highest : int
+        The highest page number.
+    """
+    return worth_asking(page_indices, indptr, highest, KERNEL.shared_bytes, _MIN_ENTRIES)
 
 
 def launch(
@@ -158,6 +217,7 @@ def launch(
     function: int,
     lengths: tuple[int, int, int],
     target: tuple[int, int, int],
+    question: Question | None,
     stream: int,
 ) -> None:
     """Start building a schedule.
@@ -171,26 +231,24 @@ def launch(
         Addresses of `qo_indptr`, `kv_len` and `paged_kv_indptr`.
     target : tuple of int
         Addresses of the items, the work counters and the merge counters, whatever they hold.
+    question : Question, optional
+        To be answered beside it.
     stream : int
     """
-    spec, device, of_requests, shape, room, light_len = outlined
-    config, batch = room.config, len(of_requests.kv_len)
+    recipe, of_requests, tiles, light_len = outlined
+    batch = len(of_requests.kv_len)
+    shared_bytes = 4 * ((1 << (tiles - 1).bit_length()) + batch)
+    num_blocks, repeats = 1, _NO_QUESTION
+    if question is not None:
+        num_blocks, repeats = 1 + batch, question.parameters
+        shared_bytes = max(shared_bytes, question.shared_bytes)
     memory, address = argument = _arguments.take()
     _PARAMS.pack_into(
         *(memory, _PARAMS_BEGIN, *lengths, *target),
-        *(num_merge_counters(outlined), room.partials, batch),
-        *(spec.gqa_group_size, spec.num_kv_heads, spec.causal),
-        *(config.cta_tile_q, config.cta_tile_kv, slots(config, device)),
-        *(shape == "long", light_len),
+        *(recipe.num_merge_counters, recipe.partials, batch, *recipe.numbers, light_len),
+        *repeats,
     )
-    shared = 4 * ((1 << (room.tiles - 1).bit_length()) + batch)
     cupy().cuda.driver.launchKernel(
-        function, 1, 1, 1, _NUM_THREADS, 1, 1, shared, stream, address, 0
+        *(function, num_blocks, 1, 1, _NUM_THREADS, 1, 1, shared_bytes, stream, address, 0)
     )
     _arguments.put_back(argument)
-
-
-def num_merge_counters(outlined: Outline) -> int:
-    """Counters of the query tiles that may be split."""
-    room = outlined.room
-    return room.merges * outlined.spec.num_kv_heads * room.config.splits_merged_by

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import numpy as np
@@ -131,6 +131,15 @@ class KernelConfig:
     num_q_stages: int
     ctas_per_sm: int
     page_aligned: bool
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        values = tuple(getattr(self, each.name) for each in fields(self) if each.compare)
+        object.__setattr__(self, "_hash", hash(values))
+
+    def __hash__(self) -> int:
+        # Every plan and call looks for kernels by it, and there are many fields.
+        return self._hash
 
     @property
     def entry(self) -> str:

@@ -154,7 +154,9 @@ class PlannedAttention:
             backend_room.refuse_recording(stream)
         with arrays.on(device, stream):
             if self._graph is None:
-                plan = self._plan_anew(spec, lengths, pages, highest, splits, device, mask)
+                plan = self._plan_anew(
+                    spec, lengths, pages, highest, splits, device, mask, equal_rows
+                )
             else:
                 assert device is not None  # which planning_place() has seen to
                 if self._pages_may_repeat:
@@ -177,12 +179,14 @@ class PlannedAttention:
         splits: tuple[int | None, bool],
         device: int | None,
         mask: CustomMask | None,
+        equal_rows: int | None,
     ) -> backend_room.Plan:
         """A plan with memory of its own, on the current device."""
         question, choices = None, (mask, *splits)
         if device is not None and choices == (None, None, False):
             found = backend_room.plan_on_device(
-                *(spec, lengths, pages, highest, self._workspace, device, self._pages_may_repeat)
+                *(spec, lengths, pages, highest, self._workspace, device, self._pages_may_repeat),
+                equal_rows,
             )
             if found is not None:
                 plan, question = found

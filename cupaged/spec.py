@@ -5,7 +5,7 @@ Nothing here computes; every other room reads these types.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
 import ml_dtypes
@@ -142,6 +142,7 @@ class AttentionSpec:
     rope_scale: float = 1.0
     rope_theta: float = 1e4
     needs: Needs = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Frozen: only here may a field be filled in.
@@ -159,6 +160,12 @@ class AttentionSpec:
         head_dims = (self.head_dim_qk, self.head_dim_vo)
         needs = Needs(self.dtype, self.kv_dtype, *head_dims, self.page_size, variant)
         object.__setattr__(self, "needs", needs)
+        values = tuple(getattr(self, each.name) for each in fields(self) if each.compare)
+        object.__setattr__(self, "_hash", hash(values))
+
+    def __hash__(self) -> int:
+        # Asked for several times a plan, which takes long with so many fields.
+        return self._hash
 
     @property
     def gqa_group_size(self) -> int:

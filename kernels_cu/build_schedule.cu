@@ -1,10 +1,12 @@
-// The planner's items of a ragged batch, made on the device, for sm_80 and later: one block.
+// The planner's items of a ragged batch, made on the device, for sm_80 and later: by one block.
+// Others, one a request, may look for pages that it has twice meanwhile.
 //
 // What `schedule.build()` in cupaged/schedule.py makes of whole query tiles, item for item: that is
 // the definition, and says why. Constants in capitals that are not explained here are those of
 // cupaged/heuristics.py.
 #include "block_sort.cuh"
 #include "item.cuh"
+#include "repeats.cuh"
 
 struct BuildSchedule {
     const int* qo_indptr;  // [batch + 1]
@@ -18,6 +20,8 @@ struct BuildSchedule {
     int cta_tile_q, cta_tile_kv, slots;
     int fill_last_wave;  // whether a slot without work is lost
     int light_len;       // requests of no more queries are light; 0: none is
+    int to_align;
+    Repeats repeats;     // for blocks behind the first
 };
 
 // A key that sorts: the longest first, equal ones as they come.
@@ -177,6 +181,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
     u32* const keys = memory + b.batch;                // [tiles, up to a power of two]
     const int thread = threadIdx.x;
 
+    if (blockIdx.x > 0) {
+        find_repeats(b.repeats, blockIdx.x - 1, memory);
+        return;
+    }
     if (thread == 0) facts = Facts{};
     int n = 0;
     for (int begin = 0; begin < b.batch; begin += NUM_THREADS) {
