@@ -19,13 +19,13 @@ from cupaged.kernel_spec import PARAMS_DTYPE, field_offset
 _ROW_ALIGNMENT = 16
 
 # The fields of PARAMS_DTYPE that a call decides, in their order: five pointers and twelve strides;
-# a pointer, a flag and eight factors.
+# a pointer, a flag and seven factors.
 _TENSORS = struct.Struct("5Q12q")
-_FACTORS = struct.Struct("Qi8f")
+_FACTORS = struct.Struct("Qi7f")
 _FACTORS_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "sinks")
 
 #: What goes with a soft cap, where there is none.
-_NO_CAP = (0.0,) * 5
+_NO_CAP = (0.0,) * 4
 
 #: The smallest float32 that isn't subnormal. A scale of 0 becomes this: products vanish beside
 #: 1 all the same, and -inf stays -inf.

@@ -59,7 +59,11 @@ def configurations(arch: int) -> Iterator[KernelConfig]:
         needs = [Needs(dtype, dtype, *head_dims, page_size) for page_size in TYPICAL_PAGE_SIZES]
         needs += [Needs(dtype, kv_dtype, *head_dims, 16) for kv_dtype in FLOAT8_DTYPES]
         if head_dims == (128, 128):
-            needs += [Needs(dtype, dtype, *head_dims, 16, variant) for variant in _VARIANTS]
+            needs += [
+                Needs(dtype, dtype, *head_dims, 16, variant, low_cap)
+                for variant in _VARIANTS
+                for low_cap in ((True, False) if variant.soft_cap else (False,))
+            ]
         for each, shape in itertools.product(needs, tiles.SHAPES):
             config = tiles.kernel_config(arch, each, shape)
             found[config] = None

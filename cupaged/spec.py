@@ -62,6 +62,11 @@ class Variant(NamedTuple):
     rope: bool = False
 
 
+#: e to the power of a soft cap up to this one, times 2^20 keys, is far from what float32 holds, and
+#: its inverse too.
+MAX_LOW_CAP = 50.0
+
+
 class Needs(NamedTuple):
     """What a spec asks of a kernel.
 
@@ -72,6 +77,8 @@ class Needs(NamedTuple):
     head_dim_qk, head_dim_vo : int
     page_size : int
     variant : Variant
+    low_cap : bool
+        There is a soft cap, of at most `MAX_LOW_CAP`.
     """
 
     dtype: str
@@ -80,6 +87,7 @@ class Needs(NamedTuple):
     head_dim_vo: int
     page_size: int
     variant: Variant = Variant()
+    low_cap: bool = False
 
 
 def plain_needs(dtype: str, head_dim: int, page_size: int) -> Needs:
@@ -158,7 +166,8 @@ class AttentionSpec:
             rope=self.pos_encoding_mode == "ROPE_LLAMA",
         )
         head_dims = (self.head_dim_qk, self.head_dim_vo)
-        needs = Needs(self.dtype, self.kv_dtype, *head_dims, self.page_size, variant)
+        low_cap = 0 < self.logits_soft_cap <= MAX_LOW_CAP
+        needs = Needs(self.dtype, self.kv_dtype, *head_dims, self.page_size, variant, low_cap)
         object.__setattr__(self, "needs", needs)
         values = tuple(getattr(self, each.name) for each in fields(self) if each.compare)
         object.__setattr__(self, "_hash", hash(values))

@@ -40,8 +40,8 @@ struct Params {
     float logit_scale;
     float inner_scale;  // what the transformation multiplies products with
     // With a soft cap: products x whose square is less than `cap_square` become x * p(x^2 -
-    // cap_square) times log2(e), p with these coefficients.
-    float cap_square, cap_ratio[3];
+    // cap_square) times log2(e), p with these two coefficients.
+    float cap_square, cap_ratio[2];
     float v_scale;
     float lse_scale;  // 1 for base 2, ln(2) for base e
 };

@@ -19,10 +19,14 @@ using Weights = Pair[CTA_TILE_KV / 16][4];  // P as the A operand of each 16 key
 constexpr int EARLY_BLOCKS = HEAD_DIM != 128 ? 0 : CUPAGED_SOFT_CAP ? 1 : CTA_TILE_KV / 32;
 
 // Whether the next tiles are looked for while the products with these are under way, so that nothing
-// is waited for between them. The variants have no registers for it, nor has a copy by rows, and at
-// other head dimensions it was no faster.
+// is waited for between them. With a soft cap it was slower, copying by rows leaves no registers for
+// it, and at other head dimensions it was no faster.
 constexpr bool LOOKS_AHEAD =
-    HEAD_DIM == 128 && CUPAGED_PAGE_ALIGNED && !CUPAGED_WINDOW && !CUPAGED_SOFT_CAP;
+    HEAD_DIM == 128 && CUPAGED_PAGE_ALIGNED && !CUPAGED_SOFT_CAP;
+
+// Weights are relative to 1, and not to a maximum: capped logits are so small that neither weights
+// nor their sums leave what bfloat16 and float32 hold.
+constexpr bool FIXED_MAX = CUPAGED_FIXED_MAX;
 
 // The right to issue products, which the consumers hand around.
 struct Turn {
@@ -68,7 +72,8 @@ __device__ __forceinline__ void pack(Weights& weights, const Logits& s) {
 // maximum: either makes it large or NaN. The logits are still there then.
 //
 // With a soft cap, in the hope too that no product is large: then the cap is a polynomial, whose
-// last multiplication is the one that the weights need anyway.
+// last multiplication is the one that the weights need anyway. With FIXED_MAX that is all there is
+// to hope for.
 struct Speculation {
     const Params& p;
     float shift[2];
@@ -83,8 +88,7 @@ struct Speculation {
         if (!CUPAGED_SOFT_CAP) return x * p.logit_scale - shift[row];
         const float beyond = x * x - p.cap_square;
         small &= __float_as_int(beyond);
-        const float ratio =
-            (p.cap_ratio[2] * beyond + p.cap_ratio[1]) * beyond + p.cap_ratio[0];
+        const float ratio = p.cap_ratio[1] * beyond + p.cap_ratio[0];
         return x * ratio - shift[row];
     }
 
@@ -108,8 +112,9 @@ struct Speculation {
     // Whether it was right for all of the warp's rows; then the sums are added to the state's.
     __device__ __forceinline__ bool holds(SoftmaxState& state) const {
         constexpr float LARGE = 1 << static_cast<int>(RESCALE_THRESHOLD);
-        const bool large = !(sum[0] <= LARGE) || !(sum[1] <= LARGE);
-        if (__any_sync(~0u, large) || !all_small()) return false;
+        bool vain = CUPAGED_SOFT_CAP && small >= 0;
+        if (!FIXED_MAX) vain |= !(sum[0] <= LARGE) || !(sum[1] <= LARGE);
+        if (__any_sync(~0u, vain)) return false;
         state.sum[0][0] += sum[0];
         state.sum[0][1] += sum[1];
         return true;
@@ -228,12 +233,17 @@ struct Consumer {
         release();
         if (behind > 0) pass_by();  // V of the last of those
         prepare();
-        state.raise(s, scale, factor);
+        if (FIXED_MAX)
+            state.max[0][0] = state.max[0][1] = 0.0f;
+        else
+            state.raise(s, scale, factor);
         state.weigh(s, scale);
         pack(weights, s);
 
-        // Where one tile's products are too large to be capped in short, the next one's will be.
-        bool capped_small = true;
+        // With a soft cap, the keys that there is hope for: those that all of the warp's rows see,
+        // as masks are for capped logits, of which there are none yet. Where one tile's products
+        // are too large to be capped in short, the next one's will be.
+        Span hoped = seen;
         bool has_both = false;  // K of the tile at hand and V of the one before, for certain
 #pragma unroll 1
         while (--tiles > 0) {
@@ -264,13 +274,16 @@ struct Consumer {
                 after.advance();
                 const bool has_v = has_tile(after);
                 has_both = has_k && has_v;
+                // For the same reason as below; without a window the compiler does without.
+                if (CUPAGED_WINDOW) has_both = __all_sync(~0u, has_both);
             }
             wgmma_wait<1>();
             pin(s[0]);
             release();
-            // Masks are for capped logits, of which there are none yet.
+            // The warp's rows are all of a mind, but a vote lets the compiler know: descriptors
+            // then stay in uniform registers.
             const bool hope =
-                !CUPAGED_SOFT_CAP || capped_small && seen.has(begin, begin + CTA_TILE_KV);
+                !CUPAGED_SOFT_CAP || __all_sync(~0u, hoped.has(begin, begin + CTA_TILE_KV));
             if (!CUPAGED_SOFT_CAP) prepare();
             Speculation speculation(state, p);
             float early[EARLY_BLOCKS + 1][4][2];  // C++ has no array of none
@@ -293,10 +306,10 @@ struct Consumer {
             }
             if (!hope || !speculation.holds(state)) {
                 if (CUPAGED_SOFT_CAP) {
-                    capped_small &= !hope || speculation.all_small();
+                    if (hope && !speculation.all_small()) hoped.end = -1;
                     prepare();
                 }
-                if (state.raise(s, scale, factor)) rescale(o, factor);
+                if (!FIXED_MAX && state.raise(s, scale, factor)) rescale(o, factor);
                 state.weigh(s, scale);
                 pack(weights, s);
             }

@@ -148,7 +148,7 @@ def test_the_kernel_finds_every_parameter(
         "logit_scale": 0.5,
         "inner_scale": 0,
         "cap_square": 0,
-        "cap_ratio": [0, 0, 0],
+        "cap_ratio": [0, 0],
         "v_scale": 3.0,
         "lse_scale": 0.25,
     }

@@ -10,7 +10,7 @@ from cupaged import support, tiles, validate
 from cupaged.spec import FLOAT8_DTYPES, SERVED_DTYPES, SERVED_HEAD_DIMS, Needs, Variant
 
 NEEDS = [
-    Needs(dtype, kv_dtype, *head_dims, 16, Variant(*on))
+    Needs(dtype, kv_dtype, *head_dims, 16, Variant(*on), low_cap=on[1])
     for dtype, head_dims in itertools.product(SERVED_DTYPES, SERVED_HEAD_DIMS)
     for kv_dtype in (dtype, *FLOAT8_DTYPES)
     for on in itertools.product((False, True), repeat=len(Variant._fields))
