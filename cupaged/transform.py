@@ -12,8 +12,8 @@ from cupaged.spec import AttentionSpec
 _LOG2_E = math.log2(math.e)
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
-#: What a capped logit may be off by at most: about as much as rounding to float16 changes a weight.
-_MAX_ERROR = 5e-4
+#: What a capped logit may be off by at most: as much as rounding to float16 changes a weight.
+_MAX_ERROR = 2.0**-12
 #: Small arguments of tanh are at most this. Beyond it a third power is no good approximation.
 _MAX_SMALL = 0.35
 

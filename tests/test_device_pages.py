@@ -11,7 +11,7 @@ import pytest
 
 import cupaged
 from cupaged import device_pages, devices, kernels
-from cupaged.device_pages import KERNEL, DevicePages, worth_asking
+from cupaged.device_pages import KERNEL, DevicePages, Question, worth_asking
 
 #: As many entries as the GPU is asked about.
 MANY = 13_000
@@ -60,6 +60,23 @@ def test_room_for_answers_is_used_again(answers: device_pages._Answers) -> None:
     assert again == begin
     # What is there is an answer to another question.
     assert not (others == next_number).any()
+
+
+def test_an_answer_is_waited_for_as_long_as_it_is_worth(
+    answers: device_pages._Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_pages, "_answers", lambda: answers)
+    clock = iter(range(100))
+    monkeypatch.setattr(device_pages.time, "perf_counter", lambda: float(next(clock)))
+    assert not Question(1, 2, 5, 9, patience=3.0).is_denied()
+    assert next(clock) == 4  # asked for the end, and thrice in vain
+    asked = Question(1, 2, 5, 9, patience=50.0)
+    asked._words[2] = ~np.uint32(asked._number)
+    assert not asked.is_denied()
+    assert next(clock) == 7  # the answer is there, and nobody waits
+    asked._words[:] = asked._number
+    assert asked.is_denied()
+    assert asked.parameters == (1, 2, 1000 + 4 * 5, asked._number, 1)
 
 
 def test_numbers_begin_again(answers: device_pages._Answers) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import batches
 import numpy as np
 import pytest
+from gpu_calls import Wrapper, check, planned, run, same_bits, to_gpu
+from oracle import Formula
 
+import cupaged
 from cupaged import backend, device_schedule, devices, kernels
 from cupaged.device_schedule import KERNEL, Outline, outline
 from cupaged.kernel_spec import ITEM_DTYPE
@@ -135,3 +139,101 @@ def test_items_are_the_hosts(cp: Any, rng: np.random.Generator) -> None:
     assert tried > 150
     assert 0 < split < tried
     assert late
+
+
+def many(rng: np.random.Generator, batch: int = 40, **options: Any) -> batches.Batch:
+    """Decodes, appends, prefills, requests without keys or queries, in any order."""
+    qo_len = rng.choice([0, 1, 1, 5, 70, 300], batch)
+    kv_len = qo_len + rng.choice([0, 1, 100, 900], batch)
+    kv_len[3] = 0
+    settings = {"num_kv_heads": 2, "group": 4, "head_dim": 64} | options
+    return batches.build(rng, qo_len.tolist(), kv_len.tolist(), **settings)
+
+
+def is_device_built(wrapper: Any) -> bool:
+    return isinstance(wrapper._plan._planned, Outline)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_calls(cp: Any, rng: np.random.Generator, causal: bool, dtype: str) -> None:
+    cap = {"logits_soft_cap": 20.0}
+    for head_dim, options in ((64, {}), (128, {}), (128, cap), (256, {})):
+        batch = many(rng, head_dim=head_dim, dtype=dtype)
+        formula = Formula(causal=causal, **options)
+        assert is_device_built(planned(batch, formula)) == (devices.device_model(0).arch == 90)
+        check(batch, formula)
+
+
+@pytest.mark.gpu
+def test_few_long_decodes_among_many_are_split(cp: Any, rng: np.random.Generator) -> None:
+    kv_len = [20] * 30 + [6000, 3000, 9000]
+    batch = batches.build(rng, [1] * 33, kv_len, num_kv_heads=2, group=4, head_dim=128)
+    wrapper = planned(batch, Formula())
+    assert is_device_built(wrapper)
+    assert wrapper._plan.schedule.launches[0].num_merges == 3
+    check(batch, Formula())
+
+
+@pytest.mark.gpu
+def test_alibi(cp: Any, rng: np.random.Generator) -> None:
+    """Which reads a table that is uploaded beside the lengths."""
+    batch = batches.build(rng, [1] * 50, [300] * 50, num_kv_heads=2, group=4, head_dim=128)
+    formula = Formula(pos_encoding_mode="ALIBI")
+    assert is_device_built(planned(batch, formula))
+    check(batch, formula)
+
+
+@pytest.mark.gpu
+def test_a_workspace_takes_the_partial_states_where_it_has_room(
+    cp: Any, rng: np.random.Generator
+) -> None:
+    batch = batches.build(rng, [1] * 40, [3000] * 40, num_kv_heads=1, group=4, head_dim=128)
+    outlined = planned(batch, Formula())._plan._planned
+    needed = outlined.recipe.partial_bytes
+    assert needed > 0
+    expected = run(planned(batch, Formula()), batch, Formula())
+    for size in (needed, needed - 4):
+        workspace = cp.zeros(size, np.uint8)
+        wrapper = planned(batch, Formula(), workspace=workspace)
+        assert is_device_built(wrapper) == (size == needed)
+        assert same_bits(run(wrapper, batch, Formula()), expected)
+        assert workspace.any()
+
+
+@pytest.mark.gpu
+def test_a_recorded_run_outlives_the_next_plan(cp: Any, rng: np.random.Generator) -> None:
+    batch, other = many(rng), many(rng)
+    formula = Formula(causal=True)
+    with cp.cuda.Stream(non_blocking=True) as stream:
+        wrapper = Wrapper(backend="cuda")
+        batch.plan(wrapper, **formula.plan_options)
+        on_gpu = batch.on(to_gpu)
+        expected = run(wrapper, batch, formula)
+        out = to_gpu(batch.poisoned_out().storage)
+        stream.begin_capture()
+        wrapper.run(on_gpu.q, on_gpu.cache, out=out)
+        graph = stream.end_capture()
+        other.plan(wrapper, **formula.plan_options)
+        run(wrapper, other, formula)
+        for _ in range(2):
+            graph.launch()
+        stream.synchronize()
+    assert out.view(np.uint16).get().tobytes() == expected[0].tobytes()
+
+
+@pytest.mark.gpu
+def test_pages_twice_are_found_while_the_schedule_is_built(
+    cp: Any, rng: np.random.Generator
+) -> None:
+    """By a device that is idle, and by the host where it is not; a message names the request."""
+    pages = rng.permutation(4000).astype(np.int32)
+    indptr = np.arange(41, dtype=np.int32) * 100
+    last = np.full(40, 16, np.int32)
+    wrapper = cupaged.BatchDecodeWithPagedKVCacheWrapper(backend="cuda")
+    wrapper.plan(indptr, pages, last, 8, 2, 64, 16)
+    assert is_device_built(wrapper)
+    pages[1730] = pages[1711]
+    with pytest.warns(cupaged.CupagedWarning, match="request 17 has page .* its pages 11 and 30:"):
+        wrapper.plan(indptr, pages, last, 8, 2, 64, 16)

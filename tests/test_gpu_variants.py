@@ -114,19 +114,48 @@ def test_masks(rng: np.random.Generator, dtype: str, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("magnitude", [0.05, 1.0, 6.0, 60.0])
-@pytest.mark.parametrize("cap", [0.1, 2.0, 30.0, 50.0])
+@pytest.mark.parametrize("cap", [0.1, 2.0, 30.0, 50.0, 50.5])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_caps_near_and_far_from_their_bound(
-    rng: np.random.Generator, family: str, cap: float, magnitude: float
+    rng: np.random.Generator, family: str, dtype: str, cap: float, magnitude: float
 ) -> None:
     """The Hopper kernels cap small products by a polynomial, and large ones otherwise."""
     batch = batches.build(
-        rng, [200, 130], [700, 500], group=2, num_kv_heads=1, head_dim=128, magnitude=magnitude
+        *(rng, [200, 130], [700, 500]),
+        group=2, num_kv_heads=1, head_dim=128,
+        dtype=dtype,
+        magnitude=magnitude,
     )
     check(batch, Formula(causal=True, logits_soft_cap=cap))
 
 
-def test_one_large_product_among_small_ones(rng: np.random.Generator, family: str) -> None:
-    batch = batches.build(rng, [200], [700], num_kv_heads=1, head_dim=128, magnitude=0.1)
+@pytest.mark.parametrize("cap", [30.0, 50.0, 50.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_all_logits_at_the_bound(
+    rng: np.random.Generator, family: str, head_dim: int, dtype: str, cap: float
+) -> None:
+    """All of a request's at the upper one, all at the lower one, and both in one row."""
+    batch = batches.build(
+        rng, [70, 200, 90], [700, 500, 300], num_kv_heads=1, head_dim=head_dim, dtype=dtype
+    )
+    keys, values = batch.keys_and_values()
+    batch.q[...] = 4.0
+    for r, kv_len in enumerate(batch.kv_len):
+        for key in range(kv_len):
+            keys[batch.slot(r, key)] = -4.0 if r == 1 or (r == 2 and key % 3) else 4.0
+            values[batch.slot(r, key)] *= 1000.0
+    for options in SPLITS:
+        check(batch, Formula(causal=True, sm_scale=1.0, logits_soft_cap=cap), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_large_product_among_small_ones(
+    rng: np.random.Generator, family: str, dtype: str
+) -> None:
+    batch = batches.build(
+        rng, [200], [700], num_kv_heads=1, head_dim=128, dtype=dtype, magnitude=0.1
+    )
     # The row's product with one key reaches the cap, above and below.
     keys, _ = batch.keys_and_values()
     for key, sign in ((333, 40.0), (620, -40.0)):
