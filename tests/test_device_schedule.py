@@ -121,6 +121,19 @@ def draw(rng: np.random.Generator) -> tuple[AttentionSpec, Lengths]:
 
 
 @pytest.mark.gpu
+def test_every_kernel_that_builds(
+    cp: Any, rng: np.random.Generator, exact_allocations: None
+) -> None:
+    """The one there is, for compute-sanitizer: with splits, and with pages to be looked for."""
+    kv_len = [*rng.integers(1, 90, 36).tolist(), 20_000, 9000, 0, 7000]
+    batch = batches.build(rng, [1] * 40, kv_len, num_kv_heads=1, group=2, spare_pages=0)
+    wrapper = planned(batch, Formula())
+    assert wrapper._plan.on_device(0).question is not None
+    assert wrapper._plan.schedule.launches[0].num_merges == 3
+    check(batch, Formula())
+
+
+@pytest.mark.gpu
 def test_items_are_the_hosts(cp: Any, rng: np.random.Generator) -> None:
     model = devices.device_model(cp.cuda.Device().id)
     tried = split = late = 0

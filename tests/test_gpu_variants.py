@@ -122,7 +122,9 @@ def test_soft_caps_near_and_far_from_their_bound(
     """The Hopper kernels cap small products by a polynomial, and large ones otherwise."""
     batch = batches.build(
         *(rng, [200, 130], [700, 500]),
-        group=2, num_kv_heads=1, head_dim=128,
+        group=2,
+        num_kv_heads=1,
+        head_dim=128,
         dtype=dtype,
         magnitude=magnitude,
     )
