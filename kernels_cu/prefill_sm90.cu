@@ -237,7 +237,7 @@ struct Consumer {
             state.max[0][0] = state.max[0][1] = 0.0f;
         else
             state.raise(s, scale, factor);
-        state.weigh(s, scale);
+        state.weigh<FIXED_MAX>(s, scale);
         pack(weights, s);
 
         // With a soft cap, the keys that there is hope for: those that all of the warp's rows see,
@@ -310,7 +310,7 @@ struct Consumer {
                     prepare();
                 }
                 if (!FIXED_MAX && state.raise(s, scale, factor)) rescale(o, factor);
-                state.weigh(s, scale);
+                state.weigh<FIXED_MAX>(s, scale);
                 pack(weights, s);
             }
         }
