@@ -115,8 +115,8 @@ class KernelConfig:
     page_aligned : bool
         The page size is a multiple of `page_unit`, so that one look into the page table serves
         several keys.
-    fixed_max : bool
-        Weights are relative to 1: the logits' bound makes a maximum unnecessary.
+    bounded : bool
+        Logits are bounded so that weights relative to any of a row's logits are in range.
     """
 
     family: str
@@ -133,7 +133,7 @@ class KernelConfig:
     num_q_stages: int
     ctas_per_sm: int
     page_aligned: bool
-    fixed_max: bool = False
+    bounded: bool = False
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -157,7 +157,7 @@ class KernelConfig:
             "KV_E4M3": self.kv_dtype == "float8_e4m3fn",
             "KV_E5M2": self.kv_dtype == "float8_e5m2",
             "PAGE_ALIGNED": self.page_aligned,
-            "FIXED_MAX": self.fixed_max,
+            "BOUNDED": self.bounded,
             **{name.upper(): on for name, on in self.variant._asdict().items()},
         }
 
@@ -240,7 +240,7 @@ class KernelConfig:
         return (
             f"{self.family}_{self.dtype}{kv}_d{self.head_dim_qk}{vo}_q{self.cta_tile_q}"
             f"_kv{self.cta_tile_kv}_w{self.warps_q}x{self.warps_kv}_s{self.num_stages}_{pages}{on}"
-            f"{'_fixedmax' if self.fixed_max else ''}"
+            f"{'_bounded' if self.bounded else ''}"
         )
 
 

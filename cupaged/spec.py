@@ -62,9 +62,9 @@ class Variant(NamedTuple):
     rope: bool = False
 
 
-#: e to the power of a soft cap up to this one, times 2^20 keys, is far from what float32 holds, and
-#: its inverse too.
-MAX_LOW_CAP = 50.0
+#: Two logits that are capped at this one or a lower one differ by 2^92 at most as weights: times
+#: 2^20 keys and values of 2^14 that is less than float32 holds.
+MAX_LOW_CAP = 32.0
 
 
 class Needs(NamedTuple):

@@ -161,7 +161,7 @@ def kernel_config(arch: int, needs: Needs, shape: Shape) -> KernelConfig:
 
 def _config(tile: _Tile, needs: Needs) -> KernelConfig:
     # Of 16-bit floats only bfloat16 has float32's exponents.
-    fixed_max = needs.low_cap and needs.dtype == "bfloat16" and tile.family == "prefill_sm90"
+    bounded = needs.low_cap and needs.dtype == "bfloat16" and tile.family == "prefill_sm90"
     return KernelConfig(
         family=tile.family,
         dtype=needs.dtype,
@@ -177,7 +177,7 @@ def _config(tile: _Tile, needs: Needs) -> KernelConfig:
         num_q_stages=tile.num_q_stages,
         ctas_per_sm=tile.ctas_per_sm,
         page_aligned=True,
-        fixed_max=fixed_max,
+        bounded=bounded,
     )
 
 

@@ -171,7 +171,7 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
         if (!all_visible) visible.mask(s, rows, seen, first_row, first_key, lane);
         float factor[MMA_Q][2];
         if (state.raise(s, p.logit_scale, factor)) rescale(o, factor);
-        state.weigh<false>(s, p.logit_scale);
+        state.weigh(s, p.logit_scale);
         multiply_pv(o, s, v);
     }
     state.finish(o, p.logit_scale, 1.0f);

@@ -24,9 +24,9 @@ constexpr int EARLY_BLOCKS = HEAD_DIM != 128 ? 0 : CUPAGED_SOFT_CAP ? 1 : CTA_TI
 constexpr bool LOOKS_AHEAD =
     HEAD_DIM == 128 && CUPAGED_PAGE_ALIGNED && !CUPAGED_SOFT_CAP;
 
-// Weights are relative to 1, and not to a maximum: capped logits are so small that neither weights
-// nor their sums leave what bfloat16 and float32 hold.
-constexpr bool FIXED_MAX = CUPAGED_FIXED_MAX;
+// Capped logits are so near to each other that weights relative to any of a row's logits, and their
+// sums, are within what bfloat16 and float32 hold: a maximum that has grown does no harm.
+constexpr bool BOUNDED = CUPAGED_BOUNDED;
 
 // The right to issue products, which the consumers hand around.
 struct Turn {
@@ -72,8 +72,8 @@ __device__ __forceinline__ void pack(Weights& weights, const Logits& s) {
 // maximum: either makes it large or NaN. The logits are still there then.
 //
 // With a soft cap, in the hope too that no product is large: then the cap is a polynomial, whose
-// last multiplication is the one that the weights need anyway. With FIXED_MAX that is all there is
-// to hope for.
+// last multiplication is the one that the weights need anyway. Where the cap is BOUNDED that is all
+// there is to hope for.
 struct Speculation {
     const Params& p;
     float shift[2];
@@ -113,7 +113,7 @@ struct Speculation {
     __device__ __forceinline__ bool holds(SoftmaxState& state) const {
         constexpr float LARGE = 1 << static_cast<int>(RESCALE_THRESHOLD);
         bool vain = CUPAGED_SOFT_CAP && small >= 0;
-        if (!FIXED_MAX) vain |= !(sum[0] <= LARGE) || !(sum[1] <= LARGE);
+        if (!BOUNDED) vain |= !(sum[0] <= LARGE) || !(sum[1] <= LARGE);
         if (__any_sync(~0u, vain)) return false;
         state.sum[0][0] += sum[0];
         state.sum[0][1] += sum[1];
@@ -233,11 +233,8 @@ struct Consumer {
         release();
         if (behind > 0) pass_by();  // V of the last of those
         prepare();
-        if (FIXED_MAX)
-            state.max[0][0] = state.max[0][1] = 0.0f;
-        else
-            state.raise(s, scale, factor);
-        state.weigh<FIXED_MAX>(s, scale);
+        state.raise(s, scale, factor);
+        state.weigh(s, scale);
         pack(weights, s);
 
         // With a soft cap, the keys that there is hope for: those that all of the warp's rows see,
@@ -285,6 +282,12 @@ struct Consumer {
             const bool hope =
                 !CUPAGED_SOFT_CAP || __all_sync(~0u, hoped.has(begin, begin + CTA_TILE_KV));
             if (!CUPAGED_SOFT_CAP) prepare();
+            if (BOUNDED && hope) {
+                // Rows that have seen no key see all of these: any number near them will do.
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    if (state.max[0][h] == NEG_INF) state.max[0][h] = 0.0f;
+            }
             Speculation speculation(state, p);
             float early[EARLY_BLOCKS + 1][4][2];  // C++ has no array of none
             if (hope) {
@@ -309,8 +312,8 @@ struct Consumer {
                     if (hope && !speculation.all_small()) hoped.end = -1;
                     prepare();
                 }
-                if (!FIXED_MAX && state.raise(s, scale, factor)) rescale(o, factor);
-                state.weigh<FIXED_MAX>(s, scale);
+                if (state.raise(s, scale, factor)) rescale(o, factor);
+                state.weigh(s, scale);
                 pack(weights, s);
             }
         }

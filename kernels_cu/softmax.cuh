@@ -2,7 +2,6 @@
 // calculation for softmax"), in base 2 with the logit's scale folded into one multiply-add.
 #pragma once
 #include "ptx.cuh"
-#include "ptx_convert.cuh"
 
 // Logits may exceed the maximum that the weights are relative to by this power of two before the
 // output is rescaled. Weights then reach 2^8, far from what 16-bit floats hold, and most tiles
@@ -60,10 +59,8 @@ struct SoftmaxState {
         return true;
     }
 
-    // Turns unscaled logits s into weights, in place; ROUNDED to bfloat16, as the product with V
-    // takes them, where a row's largest weight isn't 1. Its sum is then of the rounded ones too, and
-    // a row that sees one key has that key's value, exactly.
-    template <bool ROUNDED, int N>
+    // Turns unscaled logits s into weights, in place.
+    template <int N>
     __device__ __forceinline__ void weigh(float (&s)[MMA_Q][N][4], float scale) {
 #pragma unroll
         for (int i = 0; i < MMA_Q; ++i)
@@ -75,10 +72,7 @@ struct SoftmaxState {
                 for (int n = 0; n < N; ++n)
 #pragma unroll
                     for (int c = 2 * h; c < 2 * h + 2; ++c) {
-                        const float weight = exp2_approx(s[i][n][c] * scale - shift);
-                        s[i][n][c] =
-                            ROUNDED ? unpack_bf16(static_cast<u16>(pack_bf16(weight, 0.0f)))
-                                    : weight;
+                        s[i][n][c] = exp2_approx(s[i][n][c] * scale - shift);
                         sum[i][h] += s[i][n][c];
                     }
             }
