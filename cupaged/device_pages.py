@@ -10,15 +10,14 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cupaged import kernels
 from cupaged.devices import cupy, device_model
+from cupaged.kernel_spec import OnlyKernel
 from cupaged.launch_arguments import ArgumentLayout, Arguments
 from cupaged.staging import IntArray, Upload, upload
 
@@ -44,32 +43,9 @@ _LAYOUT = ArgumentLayout(REPEATS_DTYPE.itemsize)
 _arguments = Arguments(_LAYOUT)
 
 
-@dataclass(frozen=True, slots=True)
-class RepeatsKernel:
-    """The kernel of `find_repeats.cu` as it is compiled, a `kernel_spec.Kernel`."""
-
-    family: str = "find_repeats"
-    name: str = "find_repeats"
-    entry: str = "cupaged_find_repeats"
-    shared_bytes: int = _SHARED_BYTES
-
-    @property
-    def flags(self) -> dict[str, int]:
-        """Macros of the source."""
-        return {}
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """Constants of the source."""
-        return {"NUM_THREADS": _NUM_THREADS}
-
-    @property
-    def structs(self) -> dict[str, np.dtype[Any]]:
-        """The struct of the source."""
-        return {"Repeats": REPEATS_DTYPE}
-
-
-KERNEL = RepeatsKernel()
+KERNEL = OnlyKernel(
+    "find_repeats", _SHARED_BYTES, {"NUM_THREADS": _NUM_THREADS}, {"Repeats": REPEATS_DTYPE}
+)
 
 
 class _Answers:

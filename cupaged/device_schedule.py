@@ -8,9 +8,8 @@ requests and rows, as for a CUDA graph.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from cupaged import heuristics, schedule
 from cupaged.device_pages import PARAMS, REPEATS_DTYPE, Question, worth_asking
 from cupaged.devices import cupy
 from cupaged.frames import Room
-from cupaged.kernel_spec import ITEM_DTYPE
+from cupaged.kernel_spec import ITEM_DTYPE, OnlyKernel
 from cupaged.launch_arguments import ArgumentLayout, Arguments
 from cupaged.schedule import IntArray, Lengths, Schedule
 from cupaged.spec import AttentionSpec, DeviceModel
@@ -53,45 +52,24 @@ _LAYOUT = ArgumentLayout(BUILD_DTYPE.itemsize)
 _arguments = Arguments(_LAYOUT)
 
 
-@dataclass(frozen=True, slots=True)
-class BuildKernel:
-    """The kernel of `build_schedule.cu` as it is compiled, a `kernel_spec.Kernel`."""
-
-    family: str = "build_schedule"
-    name: str = "build_schedule"
-    entry: str = "cupaged_build_schedule"
-    shared_bytes: int = 4 * (_MAX_ITEMS + _MAX_BATCH)
-
-    @property
-    def flags(self) -> dict[str, int]:
-        """Macros of the source."""
-        return {}
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """Constants of the source."""
-        shares = heuristics.CANDIDATES
-        return {
-            "NUM_THREADS": _NUM_THREADS,
-            "INDEX_BITS": _INDEX_BITS,
-            "ITEM_COST": heuristics.ITEM_COST,
-            "SPLIT_COST": heuristics.SPLIT_COST,
-            "LIGHT": heuristics.LIGHT,
-            "WORTH": heuristics.WORTH,
-            "TOO_LATE": heuristics.TOO_LATE,
-            "MAX_WAVES": heuristics.MAX_WAVES,
-            "NEARLY_EQUAL": heuristics.NEARLY_EQUAL,
-            "MIN_TILES_PER_SPLIT": heuristics.MIN_TILES_PER_SPLIT,
-            **{f"CANDIDATE_{i}": share for i, share in enumerate(shares)},
-        }
-
-    @property
-    def structs(self) -> dict[str, np.dtype[Any]]:
-        """The structs of the source."""
-        return {"BuildSchedule": BUILD_DTYPE, "Item": ITEM_DTYPE, "Repeats": REPEATS_DTYPE}
-
-
-KERNEL = BuildKernel()
+KERNEL = OnlyKernel(
+    "build_schedule",
+    4 * (_MAX_ITEMS + _MAX_BATCH),
+    {
+        "NUM_THREADS": _NUM_THREADS,
+        "INDEX_BITS": _INDEX_BITS,
+        "ITEM_COST": heuristics.ITEM_COST,
+        "SPLIT_COST": heuristics.SPLIT_COST,
+        "LIGHT": heuristics.LIGHT,
+        "WORTH": heuristics.WORTH,
+        "TOO_LATE": heuristics.TOO_LATE,
+        "MAX_WAVES": heuristics.MAX_WAVES,
+        "NEARLY_EQUAL": heuristics.NEARLY_EQUAL,
+        "MIN_TILES_PER_SPLIT": heuristics.MIN_TILES_PER_SPLIT,
+        **{f"CANDIDATE_{i}": share for i, share in enumerate(heuristics.CANDIDATES)},
+    },
+    {"BuildSchedule": BUILD_DTYPE, "Item": ITEM_DTYPE, "Repeats": REPEATS_DTYPE},
+)
 
 
 class Recipe:

@@ -80,6 +80,39 @@ class Kernel(Protocol):
     def __hash__(self) -> int: ...
 
 
+@dataclass(frozen=True, slots=True)
+class OnlyKernel:
+    """A `Kernel` whose source has one configuration.
+
+    Attributes
+    ----------
+    family : str
+        Its name too.
+    shared_bytes : int
+    constants, structs : dict
+    """
+
+    family: str
+    shared_bytes: int
+    constants: dict[str, int] = field(compare=False)
+    structs: dict[str, np.dtype] = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """A readable name."""
+        return self.family
+
+    @property
+    def entry(self) -> str:
+        """The kernel's name in its source."""
+        return f"cupaged_{self.family}"
+
+    @property
+    def flags(self) -> dict[str, int]:
+        """Macros of the source: none."""
+        return {}
+
+
 #: family of kernels → warps of a block that bring data and compute nothing
 _PRODUCER_WARPS = {"prefill_sm80": 0, "prefill_sm90": 4}
 #: family of kernels → bytes of dynamic shared memory beside the tiles

@@ -14,7 +14,7 @@ import pytest
 from oracle import Formula
 
 import cupaged
-from cupaged import devices, kernels, tiles
+from cupaged import device_schedule, devices, kernels, tiles
 from cupaged.kernel_spec import KernelConfig
 
 FAMILIES = ("prefill_sm90", "prefill_sm80")
@@ -39,11 +39,14 @@ def served_by(family: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if family == "prefill_sm80":
             patch.setattr(tiles, "tile_class", without_sm90)
-        tiles.kernel_config.cache_clear()
+        chosen = (tiles.kernel_config, device_schedule._recipe)
+        for cached in chosen:
+            cached.cache_clear()
         try:
             yield
         finally:
-            tiles.kernel_config.cache_clear()
+            for cached in chosen:
+                cached.cache_clear()
 
 
 def every_configuration() -> set[KernelConfig]:
