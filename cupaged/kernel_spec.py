@@ -149,7 +149,7 @@ class KernelConfig:
         The page size is a multiple of `page_unit`, so that one look into the page table serves
         several keys.
     bounded : bool
-        Logits are bounded so that weights relative to any of a row's logits are in range.
+        Logits are capped so low that weights need not be relative to a maximum.
     """
 
     family: str

@@ -62,9 +62,9 @@ class Variant(NamedTuple):
     rope: bool = False
 
 
-#: Two logits that are capped at this one or a lower one differ by 2^92 at most as weights: times
-#: 2^20 keys and values of 2^14 that is less than float32 holds.
-MAX_LOW_CAP = 32.0
+#: e to the power of a cap up to this one is less than 2^73: times 2^20 keys and values of 2^30 that
+#: is less than float32 holds, and its inverse is more than the least normal number.
+MAX_LOW_CAP = 50.0
 
 
 class Needs(NamedTuple):

@@ -24,8 +24,8 @@ constexpr int EARLY_BLOCKS = HEAD_DIM != 128 ? 0 : CUPAGED_SOFT_CAP ? 1 : CTA_TI
 constexpr bool LOOKS_AHEAD =
     HEAD_DIM == 128 && CUPAGED_PAGE_ALIGNED && !CUPAGED_SOFT_CAP;
 
-// Capped logits are so near to each other that weights relative to any of a row's logits, and their
-// sums, are within what bfloat16 and float32 hold: a maximum that has grown does no harm.
+// Capped logits are so small that weights relative to 1, and their sums, are within what bfloat16
+// and float32 hold: there is no maximum to look for, to subtract or to rescale by.
 constexpr bool BOUNDED = CUPAGED_BOUNDED;
 
 // The right to issue products, which the consumers hand around.
@@ -64,6 +64,21 @@ __device__ __forceinline__ void pack(Weights& weights, const Logits& s) {
         for (int c = 0; c < 4; ++c)
             weights[n][c] =
                 pack_pair(s[0][2 * n + c / 2][c % 2 * 2], s[0][2 * n + c / 2][c % 2 * 2 + 1]);
+}
+
+// Adds up by how much packing has changed weights.
+__device__ __forceinline__ void note_rounding(SoftmaxState& state, const Logits& s,
+                                              const Weights& weights) {
+#pragma unroll
+    for (int n = 0; n < CTA_TILE_KV / 16; ++n)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const float(&exact)[4] = s[0][2 * n + c / 2];
+            const Pair pair = weights[n][c];
+            state.rounding[0][c % 2] +=
+                (unpack_bf16(static_cast<u16>(pair)) - exact[c % 2 * 2]) +
+                (unpack_bf16(static_cast<u16>(pair >> 16)) - exact[c % 2 * 2 + 1]);
+        }
 }
 
 // The softmax of a tile in the hope that no row's maximum has grown beyond the threshold, as most
@@ -232,10 +247,18 @@ struct Consumer {
         pin(s[0]);
         release();
         if (behind > 0) pass_by();  // V of the last of those
+        // Weights as they are without speculation.
+        const auto weigh = [&] {
+            state.weigh(s, scale);
+            pack(weights, s);
+            if (BOUNDED) note_rounding(state, s, weights);
+        };
         prepare();
-        state.raise(s, scale, factor);
-        state.weigh(s, scale);
-        pack(weights, s);
+        if (BOUNDED)
+            state.max[0][0] = state.max[0][1] = 0.0f;
+        else
+            state.raise(s, scale, factor);
+        weigh();
 
         // With a soft cap, the keys that there is hope for: those that all of the warp's rows see,
         // as masks are for capped logits, of which there are none yet. Where one tile's products
@@ -282,12 +305,6 @@ struct Consumer {
             const bool hope =
                 !CUPAGED_SOFT_CAP || __all_sync(~0u, hoped.has(begin, begin + CTA_TILE_KV));
             if (!CUPAGED_SOFT_CAP) prepare();
-            if (BOUNDED && hope) {
-                // Rows that have seen no key see all of these: any number near them will do.
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    if (state.max[0][h] == NEG_INF) state.max[0][h] = 0.0f;
-            }
             Speculation speculation(state, p);
             float early[EARLY_BLOCKS + 1][4][2];  // C++ has no array of none
             if (hope) {
@@ -312,9 +329,8 @@ struct Consumer {
                     if (hope && !speculation.all_small()) hoped.end = -1;
                     prepare();
                 }
-                if (state.raise(s, scale, factor)) rescale(o, factor);
-                state.weigh(s, scale);
-                pack(weights, s);
+                if (!BOUNDED && state.raise(s, scale, factor)) rescale(o, factor);
+                weigh();
             }
         }
         if (CUPAGED_WINDOW && ahead > 0) {

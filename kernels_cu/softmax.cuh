@@ -2,6 +2,7 @@
 // calculation for softmax"), in base 2 with the logit's scale folded into one multiply-add.
 #pragma once
 #include "ptx.cuh"
+#include "ptx_convert.cuh"
 
 // Logits may exceed the maximum that the weights are relative to by this power of two before the
 // output is rescaled. Weights then reach 2^8, far from what 16-bit floats hold, and most tiles
@@ -13,6 +14,9 @@ constexpr float RESCALE_THRESHOLD = 8.0f;
 struct SoftmaxState {
     float max[MMA_Q][2];  // of the unscaled logits; -inf where no key was seen
     float sum[MMA_Q][2];
+    // What rounding to 16 bits has added to the weights of rows that see few keys, where none of
+    // them is 1 for certain: a row that sees one key then has that key's value, exactly.
+    float rounding[MMA_Q][2];
 
     __device__ __forceinline__ SoftmaxState() {
 #pragma unroll
@@ -20,7 +24,7 @@ struct SoftmaxState {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 max[i][h] = NEG_INF;
-                sum[i][h] = 0.0f;
+                sum[i][h] = rounding[i][h] = 0.0f;
             }
     }
 
@@ -89,7 +93,13 @@ struct SoftmaxState {
                 float total = sum[i][h];
                 total += __shfl_xor_sync(~0u, total, 1);
                 total += __shfl_xor_sync(~0u, total, 2);
-                const float inverse = total == 0.0f ? 0.0f : factor / total;
+                float held = total;
+                if (CUPAGED_BOUNDED) {
+                    float change = rounding[i][h];
+                    change += __shfl_xor_sync(~0u, change, 1);
+                    held += change + __shfl_xor_sync(~0u, change, 2);
+                }
+                const float inverse = total == 0.0f ? 0.0f : factor / held;
                 max[i][h] = total == 0.0f ? NEG_INF : max[i][h] * scale + log2_approx(total);
 #pragma unroll
                 for (int d = 0; d < D; ++d) {

@@ -114,7 +114,7 @@ def test_masks(rng: np.random.Generator, dtype: str, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("magnitude", [0.05, 1.0, 6.0, 60.0])
-@pytest.mark.parametrize("cap", [0.1, 2.0, 32.0, 32.5, 50.0])
+@pytest.mark.parametrize("cap", [0.1, 2.0, 30.0, 50.0, 50.5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_caps_near_and_far_from_their_bound(
     rng: np.random.Generator, family: str, dtype: str, cap: float, magnitude: float
@@ -131,7 +131,7 @@ def test_soft_caps_near_and_far_from_their_bound(
     check(batch, Formula(causal=True, logits_soft_cap=cap))
 
 
-@pytest.mark.parametrize("cap", [30.0, 32.0, 32.5])
+@pytest.mark.parametrize("cap", [30.0, 50.0, 50.5])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_all_logits_at_the_bound(
