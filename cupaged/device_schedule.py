@@ -32,8 +32,10 @@ _MAX_KV_TILES = (1 << (32 - _INDEX_BITS)) - 1
 _MAX_PARTIALS = 2 * _NUM_THREADS
 #: Of a page table of fewer entries, asking beside takes the host longer than looking for itself.
 _MIN_ENTRIES = 2048
-#: Of fewer requests the host builds the schedule: what it launches then is as small as the batch.
-_MIN_BATCH, _MAX_BATCH = 32, 4096
+#: Where fewer requests don't fill the device either, the host builds the schedule: what it launches
+#: then is as small as the batch.
+_MANY_REQUESTS = 32
+_MAX_BATCH = 4096
 
 _POINTERS = ("qo_indptr", "kv_len", "kv_indptr", "items", "work_counters", "merge_counters")
 _NUMBERS = (
@@ -153,7 +155,7 @@ def outline(
     `equal_rows` are the rows of q of every request, where they can't be anything else.
     """
     batch = len(lengths.kv_len)
-    if not _MIN_BATCH <= batch <= _MAX_BATCH or spec.window_left >= 0 or not lengths.nnz_qo:
+    if batch > _MAX_BATCH or spec.window_left >= 0 or not lengths.nnz_qo:
         return None
     group = spec.gqa_group_size
     if equal_rows is None:
@@ -167,6 +169,8 @@ def outline(
     recipe = _recipe(spec, device, shape)
     config, tiles = recipe.config, rows.all // recipe.config.cta_tile_q + batch
     if tiles + recipe.partials > _MAX_ITEMS or recipe.partials > _MAX_PARTIALS:
+        return None
+    if batch < _MANY_REQUESTS and tiles * spec.num_kv_heads < recipe.num_slots:
         return None
     most_keys = _MAX_KV_TILES * config.cta_tile_kv
     if lengths.paged_kv_indptr.item(-1) * spec.page_size > most_keys:  # else no request has more

@@ -38,6 +38,8 @@ class PlannedAttention:
     _names: ClassVar[Names]
     #: Page tables list pages, of which a request hardly means to have one twice.
     _pages_may_repeat: ClassVar[bool] = True
+    #: Devices may build schedules, whose plans have memory for any split of a batch of their size.
+    _devices_build: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -183,7 +185,7 @@ class PlannedAttention:
     ) -> backend_room.Plan:
         """A plan with memory of its own, on the current device."""
         question, choices = None, (mask, *splits)
-        if device is not None and choices == (None, None, False):
+        if device is not None and self._devices_build and choices == (None, None, False):
             found = backend_room.plan_on_device(
                 *(spec, lengths, pages, highest, self._workspace, device, self._pages_may_repeat),
                 equal_rows,

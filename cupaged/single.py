@@ -6,7 +6,6 @@ from typing import Any
 
 from cupaged import arrays, single_plans, unserved, validate, validate_lengths
 from cupaged.opaque import opaque
-from cupaged.ragged import BatchPrefillWithRaggedKVCacheWrapper
 from cupaged.spec import DTYPES, FLOAT8_DTYPES, RAGGED, SERVED_DTYPES, AttentionSpec
 from cupaged.validate_lengths import SINGLE_NAMES
 from cupaged.validate_run import words_of_dtype
@@ -292,11 +291,11 @@ def _spec(
     )
 
 
-def _wrapper(q: Any, kv_layout: str, backend: str) -> BatchPrefillWithRaggedKVCacheWrapper:
+def _wrapper(q: Any, kv_layout: str, backend: str) -> single_plans.SingleRequestWrapper:
     """A wrapper that plans for where q is."""
     if backend == "auto" and arrays.device_id(arrays.import_tensor(q, "q")) is None:
         backend = "reference"
-    return BatchPrefillWithRaggedKVCacheWrapper(kv_layout=kv_layout, backend=backend)
+    return single_plans.SingleRequestWrapper(kv_layout=kv_layout, backend=backend)
 
 
 def _describe(

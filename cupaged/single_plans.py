@@ -29,6 +29,12 @@ from cupaged.spec import AttentionSpec
 _MOST_PLANS = 16
 
 
+class SingleRequestWrapper(BatchPrefillWithRaggedKVCacheWrapper):
+    """A wrapper whose plan is kept, with no more memory than its request takes."""
+
+    _devices_build = False
+
+
 class Call(NamedTuple):
     """All that the plan of a single request depends on.
 
@@ -69,7 +75,7 @@ class _Recorded(NamedTuple):
     """A plan that graphs hold, and the last of them."""
 
     graph: int
-    wrapper: BatchPrefillWithRaggedKVCacheWrapper
+    wrapper: SingleRequestWrapper
 
 
 class _Thread(local):
@@ -80,7 +86,7 @@ class _Thread(local):
 
 
 _thread = _Thread()
-_kept: KeptPlans[tuple[Call, Place], BatchPrefillWithRaggedKVCacheWrapper] = KeptPlans(_MOST_PLANS)
+_kept: KeptPlans[tuple[Call, Place], SingleRequestWrapper] = KeptPlans(_MOST_PLANS)
 # The last one of each list serves the next recording; the others are held by graphs alone.
 _recorded: dict[tuple[Call, Place], list[_Recorded]] = {}
 _recorded_lock = Lock()
@@ -94,7 +100,7 @@ def place_of(q: Any) -> Place:
     return Place(device, arrays.caller_stream(q, device), _thread.token)
 
 
-def find(call: Call, place: Place, function: str) -> BatchPrefillWithRaggedKVCacheWrapper | None:
+def find(call: Call, place: Place, function: str) -> SingleRequestWrapper | None:
     """The wrapper with the plan of a call; None where it has to be made.
 
     Parameters
@@ -130,7 +136,7 @@ def find(call: Call, place: Place, function: str) -> BatchPrefillWithRaggedKVCac
     )
 
 
-def keep(call: Call, place: Place, wrapper: BatchPrefillWithRaggedKVCacheWrapper) -> None:
+def keep(call: Call, place: Place, wrapper: SingleRequestWrapper) -> None:
     """Keep the plan of a call that has been run: its kernels are loaded then."""
     _kept.put((call, place), wrapper)
 
@@ -163,7 +169,7 @@ def _serves(key: tuple[Call, Place], call: Call, place: Place) -> bool:
     return own == call and (there.device, there.thread) == (place.device, place.thread)
 
 
-def _give_to(wrapper: BatchPrefillWithRaggedKVCacheWrapper, place: Place) -> None:
+def _give_to(wrapper: SingleRequestWrapper, place: Place) -> None:
     """Let a stream be its plan's own, on which alone a plan may be recorded.
 
     Nobody else runs the plan from now on, and its memory, freed in the order of that stream, is

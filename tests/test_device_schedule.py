@@ -47,7 +47,10 @@ def test_what_the_host_builds() -> None:
     """Few requests or very many, windows, several launches, too much, and no rows."""
     spec, some = make_spec(), make_lengths([1] * 64, [4096] * 64)
     assert outline(spec, some, HOPPER) is not None
-    assert outline(spec, make_lengths([1] * 31, [4096] * 31), HOPPER) is None
+    assert outline(spec, make_lengths([1] * 16, [4096] * 16), HOPPER) is None
+    assert outline(make_spec((32, 32)), make_lengths([1] * 16, [4096] * 16), HOPPER) is not None
+    assert outline(spec, make_lengths([4096], [4096]), HOPPER) is not None
+    assert outline(spec, make_lengths([300], [4096]), HOPPER) is None
     assert outline(spec, make_lengths([1] * 4097, [10] * 4097), HOPPER) is None
     assert outline(spec, make_lengths([0] * 64, [10] * 64), HOPPER) is None
     assert outline(dataclasses.replace(spec, window_left=5), some, HOPPER) is None
@@ -90,7 +93,7 @@ def built(cp: Any, outlined: Outline) -> tuple[np.ndarray, int]:
 
 def draw(rng: np.random.Generator) -> tuple[AttentionSpec, Lengths]:
     """A batch of one kind or another."""
-    batch = int(rng.choice([32, 33, 64, 100, 500, 1024, 1500, 4096]))
+    batch = int(rng.choice([1, 2, 5, 17, 32, 33, 64, 100, 500, 1024, 1500, 4096]))
     heads = [(32, 8), (8, 8), (32, 32), (7, 1), (24, 2), (8, 1)][rng.integers(6)]
     kind = rng.choice(["decode", "append", "ragged", "mixed", "equal", "holes", "brief"])
     kv_len = np.minimum(rng.lognormal(rng.uniform(3, 9), rng.uniform(0, 1.5), batch), 2e5)
@@ -137,7 +140,7 @@ def test_every_kernel_that_builds(
 def test_items_are_the_hosts(cp: Any, rng: np.random.Generator) -> None:
     model = devices.device_model(cp.cuda.Device().id)
     tried = split = late = 0
-    for _ in range(400):
+    for _ in range(500):
         spec, lengths = draw(rng)
         outlined = outline(spec, lengths, model)
         if outlined is None:

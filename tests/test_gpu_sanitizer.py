@@ -71,14 +71,26 @@ def test_a_kernel_with_and_without_splits(
         oracle.check_all(batch, formula, to_host(out), to_host(lse))
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [
+        *(("float16", None), ("bfloat16", None)),
+        *(("float16", "float8_e4m3fn"), ("bfloat16", "float8_e5m2")),
+    ],
+)
 @pytest.mark.parametrize("shape", LENGTHS)
 def test_variants_together(
-    cp: Any, rng: np.random.Generator, family: str, shape: str, kv_dtype: str | None
+    cp: Any, rng: np.random.Generator, family: str, shape: str, dtype: str, kv_dtype: str | None
 ) -> None:
     qo_len, kv_len = LENGTHS[shape]
     batch = batches.build(
-        rng, qo_len, kv_len, group=3, num_kv_heads=2, head_dim=128, kv_dtype=kv_dtype, spare_pages=0
+        *(rng, qo_len, kv_len),
+        group=3,
+        num_kv_heads=2,
+        head_dim=128,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        spare_pages=0,
     )
     masks = tuple(rng.random(lengths) < 0.7 for lengths in zip(qo_len, kv_len, strict=True))
     sinks = rng.standard_normal(6).astype(np.float32)
