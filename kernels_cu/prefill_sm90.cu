@@ -28,11 +28,6 @@ constexpr bool LOOKS_AHEAD =
 // and float32 hold: there is no maximum to look for, to subtract or to rescale by.
 constexpr bool BOUNDED = CUPAGED_BOUNDED;
 
-// Tiles of K and V that one warpgroup may be ahead of another where a window lets the warpgroups'
-// rows see different ones. Who is behind holds two stages, each tile between takes two, and two are
-// left for what comes next.
-constexpr int MAX_LEAD = CUPAGED_WINDOW ? NUM_STAGES / 2 - 2 : 0;
-
 // The right to issue products, which the consumers hand around.
 struct Turn {
     int consumer;
@@ -188,29 +183,12 @@ struct Consumer {
         turn.pass();
     }
 
-    // Of a piece's tiles, those for which nobody takes a turn: as many as no warpgroup sees, as far
-    // as one may be ahead of another. Each sees a window's worth of tiles, but not the same ones.
-    __device__ __forceinline__ int tiles_without_turn(const Work& work, int tiles) const {
-        if (MAX_LEAD == 0 || !p.causal) return 0;
-        const RowMap rows(p, work);
-        const Visibility visible(p, work);
-        int most = 0;
-#pragma unroll
-        for (int c = 0; c < NUM_CONSUMERS; ++c) {
-            const int first = visible.kv_begin(rows.query(c * 64)) - work.item.kv_begin;
-            const int last = visible.position(rows.query(c * 64 + 63)) - work.item.kv_begin;
-            most = max(most, max(last, 0) / CTA_TILE_KV - max(first, 0) / CTA_TILE_KV + 1);
-        }
-        return min(max(tiles - most, 0), MAX_LEAD);
-    }
-
     // Goes through the tiles of a piece of work none of whose rows are this warpgroup's, or of
     // which they see no key.
-    __device__ __forceinline__ void skip(const Work& work) {
-        const int all = num_kv_tiles(work.item), turns = all - tiles_without_turn(work, all);
+    __device__ __forceinline__ void skip(const Item& item) {
 #pragma unroll 1
-        for (int tiles = all; tiles > 0; --tiles) {
-            if (tiles <= turns) pass_turn();
+        for (int tiles = num_kv_tiles(item); tiles > 0; --tiles) {
+            pass_turn();
             pass_by();
             pass_by();
         }
@@ -234,17 +212,15 @@ struct Consumer {
             ahead = max(hidden, 0) / CTA_TILE_KV;
         }
         if (behind + ahead >= tiles) {
-            skip(work);
+            skip(work.item);
             state.finish(o, scale, 1.0f);
             return;
         }
-        const int without_turn = tiles_without_turn(work, tiles);
-        const int turns_ahead = ahead - max(without_turn - behind, 0);
         tiles -= behind + ahead;
         begin -= behind * CTA_TILE_KV;
 #pragma unroll 1
         for (int i = 0; i < behind; ++i) {
-            if (i >= without_turn) pass_turn();
+            pass_turn();
             pass_by();             // K of this tile
             if (i > 0) pass_by();  // V of the one before
         }
@@ -358,7 +334,7 @@ struct Consumer {
             }
         }
         if (CUPAGED_WINDOW && ahead > 0) {
-            if (turns_ahead > 0) pass_turn();
+            pass_turn();
             pass_by();  // K of the first of these
         }
         const u64 last_v = wait_tile(at);
@@ -371,7 +347,7 @@ struct Consumer {
         if (CUPAGED_WINDOW) {
 #pragma unroll 1
             for (int i = 1; i < ahead; ++i) {
-                if (i < turns_ahead) pass_turn();
+                pass_turn();
                 pass_by();  // K of this tile
                 pass_by();  // V of the one before
             }
@@ -455,7 +431,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
             wait_full(control.barriers.q_full, q_at.stage, q_at.round);
             fence_async_proxy();  // cp.async wrote Q as ordinary stores do
             if (!RowMap(p, work).valid(consumer * 64)) {
-                me.skip(work);
+                me.skip(work.item);
             } else if (num_kv_tiles(work.item) == 0) {
                 write_empty(RowMap(p, work), me.first_row(), me.lane());
             } else {
