@@ -150,6 +150,8 @@ class KernelConfig:
         several keys.
     bounded : bool
         Logits are capped so low that weights need not be relative to a maximum.
+    turns : bool
+        Warpgroups take turns in issuing products, where there are several.
     """
 
     family: str
@@ -167,6 +169,7 @@ class KernelConfig:
     ctas_per_sm: int
     page_aligned: bool
     bounded: bool = False
+    turns: bool = True
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -191,6 +194,7 @@ class KernelConfig:
             "KV_E5M2": self.kv_dtype == "float8_e5m2",
             "PAGE_ALIGNED": self.page_aligned,
             "BOUNDED": self.bounded,
+            "TURNS": self.turns,
             **{name.upper(): on for name, on in self.variant._asdict().items()},
         }
 
@@ -273,7 +277,7 @@ class KernelConfig:
         return (
             f"{self.family}_{self.dtype}{kv}_d{self.head_dim_qk}{vo}_q{self.cta_tile_q}"
             f"_kv{self.cta_tile_kv}_w{self.warps_q}x{self.warps_kv}_s{self.num_stages}_{pages}{on}"
-            f"{'_bounded' if self.bounded else ''}"
+            f"{'_bounded' if self.bounded else ''}{'' if self.turns else '_no_turns'}"
         )
 
 

@@ -60,9 +60,10 @@ def configurations(arch: int) -> Iterator[KernelConfig]:
         needs += [Needs(dtype, kv_dtype, *head_dims, 16) for kv_dtype in FLOAT8_DTYPES]
         if head_dims == (128, 128):
             needs += [
-                Needs(dtype, dtype, *head_dims, 16, variant, low_cap)
+                Needs(dtype, dtype, *head_dims, 16, variant, low_cap, scattered)
                 for variant in _VARIANTS
                 for low_cap in ((True, False) if variant.soft_cap else (False,))
+                for scattered in ((True, False) if variant.window else (False,))
             ]
         for each, shape in itertools.product(needs, tiles.SHAPES):
             config = tiles.kernel_config(arch, each, shape)

@@ -66,6 +66,9 @@ class Variant(NamedTuple):
 #: is less than float32 holds, and its inverse is more than the least normal number.
 MAX_LOW_CAP = 50.0
 
+#: A window of up to so many tokens is narrow beside a query tile.
+_NARROW_WINDOW = 2048
+
 
 class Needs(NamedTuple):
     """What a spec asks of a kernel.
@@ -79,6 +82,9 @@ class Needs(NamedTuple):
     variant : Variant
     low_cap : bool
         There is a soft cap, of at most `MAX_LOW_CAP`.
+    scattered : bool
+        Rows of a query tile see few keys, and not the same: there is a narrow window, and heads
+        share no KV head.
     """
 
     dtype: str
@@ -88,6 +94,7 @@ class Needs(NamedTuple):
     page_size: int
     variant: Variant = Variant()
     low_cap: bool = False
+    scattered: bool = False
 
 
 def plain_needs(dtype: str, head_dim: int, page_size: int) -> Needs:
@@ -167,7 +174,11 @@ class AttentionSpec:
         )
         head_dims = (self.head_dim_qk, self.head_dim_vo)
         low_cap = 0 < self.logits_soft_cap <= MAX_LOW_CAP
-        needs = Needs(self.dtype, self.kv_dtype, *head_dims, self.page_size, variant, low_cap)
+        scattered = 0 <= self.window_left <= _NARROW_WINDOW and self.gqa_group_size == 1
+        needs = Needs(
+            *(self.dtype, self.kv_dtype, *head_dims, self.page_size),
+            *(variant, low_cap, scattered),
+        )
         object.__setattr__(self, "needs", needs)
         values = tuple(getattr(self, each.name) for each in fields(self) if each.compare)
         object.__setattr__(self, "_hash", hash(values))

@@ -162,6 +162,8 @@ def kernel_config(arch: int, needs: Needs, shape: Shape) -> KernelConfig:
 def _config(tile: _Tile, needs: Needs) -> KernelConfig:
     # Of 16-bit floats only bfloat16 has float32's exponents.
     bounded = needs.low_cap and needs.dtype == "bfloat16" and tile.family == "prefill_sm90"
+    # Warpgroups that see different keys do better without. At other head dimensions they don't.
+    turns = not (needs.scattered and tile is _TILES["sm90", _D128, "long"])
     return KernelConfig(
         family=tile.family,
         dtype=needs.dtype,
@@ -178,6 +180,7 @@ def _config(tile: _Tile, needs: Needs) -> KernelConfig:
         ctas_per_sm=tile.ctas_per_sm,
         page_aligned=True,
         bounded=bounded,
+        turns=turns,
     )
 
 

@@ -28,14 +28,16 @@ constexpr bool LOOKS_AHEAD =
 // and float32 hold: there is no maximum to look for, to subtract or to rescale by.
 constexpr bool BOUNDED = CUPAGED_BOUNDED;
 
-// The right to issue products, which the consumers hand around.
+// The right to issue products, which the consumers hand around; in a kernel without turns, each
+// has it always.
 struct Turn {
     int consumer;
 
     __device__ __forceinline__ void take() const {
-        named_barrier_sync(turn_barrier(consumer), 2 * WARPGROUP);
+        if (CUPAGED_TURNS) named_barrier_sync(turn_barrier(consumer), 2 * WARPGROUP);
     }
     __device__ __forceinline__ void pass() const {
+        if (!CUPAGED_TURNS) return;
         const int next = consumer == NUM_CONSUMERS - 1 ? 0 : consumer + 1;
         named_barrier_arrive(turn_barrier(next), 2 * WARPGROUP);
     }

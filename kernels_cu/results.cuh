@@ -83,13 +83,23 @@ __device__ __forceinline__ void write_rows(const RowMap& rows, Output& o,
     const i64 found =
         rows.valid(mine) ? rows.offset(mine, p.out_stride_row, p.out_stride_head) : -1;
     __syncwarp();  // the warp's rows are whole
-#pragma unroll 4
-    for (int pass = 0; pass < ROWS / ORows::PER_PASS; ++pass) {
-        const int row = pass * ORows::PER_PASS + lane / ORows::CHUNKS;
-        const i64 offset = __shfl_sync(~0u, found, pass, ORows::CHUNKS);
-        if (offset >= 0 && chunk < O_CHUNKS)
-            *reinterpret_cast<Chunk*>(p.out + offset + chunk * 8) =
-                *reinterpret_cast<const Chunk*>(tile + ORows::offset(row, chunk));
+    // Several passes' chunks are read before any is written, so that one wait serves them all. The
+    // accumulators have left their registers by now.
+    constexpr int PASSES = ROWS / ORows::PER_PASS, AT_ONCE = PASSES < 8 ? PASSES : 8;
+    static_assert(PASSES <= ORows::CHUNKS && PASSES % AT_ONCE == 0, "a lane finds one row");
+    const u32 origin = ORows::copy_offset(0, lane);
+#pragma unroll 1
+    for (int first = 0; first < PASSES; first += AT_ONCE) {
+        Chunk chunks[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            chunks[i] = *reinterpret_cast<const Chunk*>(tile + ORows::copy_pass(origin, first + i));
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const i64 offset = __shfl_sync(~0u, found, first + i, ORows::CHUNKS);
+            if (offset >= 0 && chunk < O_CHUNKS)
+                *reinterpret_cast<Chunk*>(p.out + offset + chunk * 8) = chunks[i];
+        }
     }
 }
 

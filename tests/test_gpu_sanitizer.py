@@ -105,6 +105,28 @@ def test_variants_together(
             oracle.check_all(batch, formula, to_host(out), to_host(lse))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_narrow_windows_of_heads_that_share_none(
+    cp: Any, rng: np.random.Generator, family: str, dtype: str, cap: float | None
+) -> None:
+    batch = batches.build(
+        *(rng, [450, 200], [600, 900]),
+        group=1,
+        num_kv_heads=2,
+        head_dim=128,
+        dtype=dtype,
+        spare_pages=0,
+    )
+    formula = Formula(causal=True, window_left=100, logits_soft_cap=cap)
+    wrapper = planned(batch, formula)
+    (launch,) = schedule_of(wrapper).launches
+    assert launch.config.turns == (family != "prefill_sm90")
+    on_gpu = batch.on(to_gpu)
+    out, lse = wrapper.run(on_gpu.q, on_gpu.cache, return_lse=True)
+    oracle.check_all(batch, formula, to_host(out), to_host(lse))
+
+
 @pytest.mark.parametrize("page_size", [16, 5])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_few_keys(

@@ -95,6 +95,27 @@ def test_a_variant(
         check(batch, formula, **options)
 
 
+@pytest.mark.parametrize("window_left", [0, 63, 300, 2048, 2049])
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_of_heads_that_share_none(
+    rng: np.random.Generator,
+    family: str,
+    causal: bool,
+    dtype: str,
+    cap: float | None,
+    window_left: int,
+) -> None:
+    """Where the Hopper kernels' warpgroups don't wait for each other."""
+    batch = batches.build(
+        rng, [1000, 300, 190, 1], [2500, 300, 1000, 700], group=1, head_dim=128, dtype=dtype
+    )
+    formula = Formula(causal=causal, window_left=window_left, logits_soft_cap=cap)
+    for options in SPLITS:
+        check(batch, formula, **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_masks(rng: np.random.Generator, dtype: str, causal: bool) -> None:
