@@ -85,7 +85,7 @@ __device__ __forceinline__ void write_rows(const RowMap& rows, Output& o,
     __syncwarp();  // the warp's rows are whole
     // Several passes' chunks are read before any is written, so that one wait serves them all. The
     // accumulators have left their registers by now.
-    constexpr int PASSES = ROWS / ORows::PER_PASS, AT_ONCE = PASSES < 8 ? PASSES : 8;
+    constexpr int PASSES = ROWS / ORows::PER_PASS, AT_ONCE = PASSES < 8 ? PASSES : 8 / MMA_Q;
     static_assert(PASSES <= ORows::CHUNKS && PASSES % AT_ONCE == 0, "a lane finds one row");
     const u32 origin = ORows::copy_offset(0, lane);
 #pragma unroll 1
