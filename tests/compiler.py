@@ -1,19 +1,23 @@
-"""What the compiler says of kernels: compiled side by side, and its report read."""
+"""What the compiler says of kernels: compiled beside other tests, and its report read."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeAlias
 
 import pytest
 
 from cupaged import kernels
 
+#: An architecture and a kernel, which a test has as its `case`.
+Case: TypeAlias = "tuple[int, kernels.Kernel]"
 #: What a compiled case gives: the cubin, and what the compiler said.
-Logs: TypeAlias = "dict[tuple[int, kernels.Kernel], Future[tuple[bytes, str]]]"
+Logs: TypeAlias = "dict[Case, Future[tuple[bytes, str]]]"
 
 KIB = 1024
 
@@ -64,26 +68,42 @@ def name(value: object) -> str:
     return f"{kernels.target(arch)}-{kernel.name}"
 
 
-def compiling(request: pytest.FixtureRequest, *tests: Callable[..., None]) -> Iterator[Logs]:
-    """Compile each kernel that a selected one of these tests asks for as its `case`.
+def reads_logs(item: pytest.Item) -> bool:
+    """Whether a test reads what the compiler says of its `case`."""
+    return isinstance(item, pytest.Function) and "logs" in item.fixturenames
 
-    As many threads as there are cores do, while the tests wait for theirs.
+
+@contextlib.contextmanager
+def compiling(items: Sequence[pytest.Item]) -> Iterator[Logs]:
+    """Compile each kernel that one of these tests asks for, while others run.
+
+    As many processes as there are cores do, which no test's stand-ins reach.
     """
-    names = [test.__name__ for test in tests]
-    wanted = [
+    cases = [
         item.callspec.params["case"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.originalname in names
+        for item in items
+        if isinstance(item, pytest.Function) and reads_logs(item)
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            case: pool.submit(kernels.compile_cubin, case[1], case[0], REPORT)
-            for case in dict.fromkeys(wanted)
-        }
+    if not cases:
+        yield {}
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, _stand_back) as pool:
+        yield {case: pool.submit(_compile, *case) for case in dict.fromkeys(cases)}
         pool.shutdown(cancel_futures=True)
 
 
-def read(case: tuple[int, kernels.Kernel], logs: Logs) -> tuple[bytes, re.Match[str]]:
+def _stand_back() -> None:
+    """Leave the cores to the tests that are running."""
+    if hasattr(os, "nice"):
+        os.nice(10)
+
+
+def _compile(arch: int, kernel: kernels.Kernel) -> tuple[bytes, str]:
+    return kernels.compile_cubin(kernel, arch, REPORT)
+
+
+def read(case: Case, logs: Logs) -> tuple[bytes, re.Match[str]]:
     """A kernel's cubin and its report, which warns of nothing and spills nothing."""
     arch, kernel = case
     cubin, log = logs[case].result()

@@ -98,6 +98,13 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of compiled kernels come last: they are compiled beside all others."""
+    from compiler import reads_logs
+
+    items.sort(key=reads_logs)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         reason = _why_no_gpu()
@@ -135,6 +142,21 @@ def compiler() -> None:
         kernels.nvrtc()
     except BackendUnavailableError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiling(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The kernels of tests that are still to come."""
+    from compiler import compiling
+
+    with compiling(request.session.items) as logs:
+        yield logs
+
+
+@pytest.fixture
+def logs(compiler: None, _compiling: Any) -> Any:
+    """What the compiler says of each kernel: `compiler.Logs`."""
+    return _compiling
 
 
 @pytest.fixture(scope="session")

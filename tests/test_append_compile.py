@@ -7,7 +7,6 @@ plain Python what the kernel does with the parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from compiler import (
     RESERVED_BYTES,
     SM_LIMITS,
     Logs,
-    compiling,
     name,
     read,
     registers_of_blocks,
@@ -34,12 +32,6 @@ from cupaged.append_cuda import (
 
 Case = tuple[int, AppendKernel]
 CASES: list[Case] = [(arch, kernel) for arch in SM_LIMITS for kernel in KERNELS]
-
-
-@pytest.fixture(scope="module")
-def logs(compiler: None, request: pytest.FixtureRequest) -> Iterator[Logs]:
-    """What the compiler says of each kernel."""
-    yield from compiling(request, test_an_append_kernel_fits)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

@@ -6,7 +6,6 @@ NVRTC compiles without a GPU, so these run wherever it is installed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from compiler import (
     SM_LIMITS,
     WARPGROUP,
     Logs,
-    compiling,
     name,
     read,
     registers_of_blocks,
@@ -45,12 +43,6 @@ CASES: list[Case] = [
     for config in kernels.configurations(arch)
     if arch in _WHOLE or _is_plain(config) or config.dtype == "float16"
 ]
-
-
-@pytest.fixture(scope="module")
-def logs(compiler: None, request: pytest.FixtureRequest) -> Iterator[Logs]:
-    """What the compiler says of each kernel."""
-    yield from compiling(request, test_a_kernel_fits, test_a_kernel_uses_its_units)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import sass
 import states
-from compiler import REGISTERS, SM_LIMITS, Logs, compiling, name, read, registers_of_blocks
+from compiler import REGISTERS, SM_LIMITS, Logs, name, read, registers_of_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 from states import DTYPES, bits
@@ -33,12 +33,6 @@ CASES: list[Case] = [(arch, kernel) for arch in SM_LIMITS for kernel in KERNELS.
 VECTOR_BYTES = 16
 
 # Compiled
-
-
-@pytest.fixture(scope="module")
-def logs(compiler: None, request: pytest.FixtureRequest) -> Iterator[Logs]:
-    """What the compiler says of each kernel."""
-    yield from compiling(request, test_a_merge_kernel_fits)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
