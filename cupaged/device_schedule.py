@@ -32,9 +32,11 @@ _MAX_KV_TILES = (1 << (32 - _INDEX_BITS)) - 1
 _MAX_PARTIALS = 2 * _NUM_THREADS
 #: Of a page table of fewer entries, asking beside takes the host longer than looking for itself.
 _MIN_ENTRIES = 2048
-#: Where fewer requests don't fill the device either, the host builds the schedule: what it launches
-#: then is as small as the batch.
+#: Where fewer requests make fewer pieces of work for an SM, in tiles of so many rows, the host
+#: builds the schedule: what it launches then is as small as the batch.
 _MANY_REQUESTS = 32
+_MANY_PIECES = 2
+_ROWS = 128
 _MAX_BATCH = 4096
 
 _POINTERS = ("qo_indptr", "kv_len", "kv_indptr", "items", "work_counters", "merge_counters")
@@ -155,13 +157,16 @@ def outline(
     `equal_rows` are the rows of q of every request, where they can't be anything else.
     """
     batch = len(lengths.kv_len)
-    if batch > _MAX_BATCH or spec.window_left >= 0 or not lengths.nnz_qo:
+    num_queries, group = lengths.nnz_qo, spec.gqa_group_size
+    if batch > _MAX_BATCH or spec.window_left >= 0 or not num_queries:
         return None
-    group = spec.gqa_group_size
+    pieces = (num_queries * group // _ROWS + batch) * spec.num_kv_heads
+    if batch < _MANY_REQUESTS and pieces < _MANY_PIECES * device.num_sms:
+        return None
     if equal_rows is None:
         rows = schedule.packed_rows(spec, lengths)
     else:
-        rows = schedule.PackedRows(equal_rows * group, equal_rows * group, lengths.nnz_qo * group)
+        rows = schedule.PackedRows(equal_rows * group, equal_rows * group, num_queries * group)
     members = schedule.members(spec, lengths, device, rows, by_request=False)
     if len(members) > 1:
         return None
@@ -169,8 +174,6 @@ def outline(
     recipe = _recipe(spec, device, shape)
     config, tiles = recipe.config, rows.all // recipe.config.cta_tile_q + batch
     if tiles + recipe.partials > _MAX_ITEMS or recipe.partials > _MAX_PARTIALS:
-        return None
-    if batch < _MANY_REQUESTS and tiles * spec.num_kv_heads < recipe.num_slots:
         return None
     most_keys = _MAX_KV_TILES * config.cta_tile_kv
     if lengths.paged_kv_indptr.item(-1) * spec.page_size > most_keys:  # else no request has more

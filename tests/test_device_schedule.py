@@ -50,7 +50,8 @@ def test_what_the_host_builds() -> None:
     assert outline(spec, make_lengths([1] * 16, [4096] * 16), HOPPER) is None
     assert outline(make_spec((32, 32)), make_lengths([1] * 16, [4096] * 16), HOPPER) is not None
     assert outline(spec, make_lengths([4096], [4096]), HOPPER) is not None
-    assert outline(spec, make_lengths([300], [4096]), HOPPER) is None
+    assert outline(spec, make_lengths([1000], [4096]), HOPPER) is None
+    assert outline(spec, make_lengths([1024], [4096]), HOPPER) is not None
     assert outline(spec, make_lengths([1] * 4097, [10] * 4097), HOPPER) is None
     assert outline(spec, make_lengths([0] * 64, [10] * 64), HOPPER) is None
     assert outline(dataclasses.replace(spec, window_left=5), some, HOPPER) is None
