@@ -1,4 +1,4 @@
-// What the host hands to a kernel. cupaged/spec.py mirrors these structs as NumPy dtypes, and
+// What the host hands to a kernel. cupaged/kernel_spec.py mirrors these structs as NumPy dtypes, and
 // cupaged/source.py ends every source with assertions that both lie alike.
 #pragma once
 #include "elements.cuh"
