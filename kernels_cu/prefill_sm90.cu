@@ -17,8 +17,8 @@
 constexpr int EARLY_BLOCKS = HEAD_DIM != 128 ? 0 : CUPAGED_SOFT_CAP ? 1 : CTA_TILE_KV / 32;
 
 // Whether the next tiles are looked for while the products with these are under way, so that nothing
-// is waited for between them. With a soft cap it was slower, copying by rows leaves no registers for
-// it, and at other head dimensions it was no faster.
+// is waited for between them. Copying by rows leaves no registers for it; with a soft cap, and at
+// other head dimensions, it was no faster.
 constexpr bool LOOKS_AHEAD =
     HEAD_DIM == 128 && CUPAGED_PAGE_ALIGNED && !CUPAGED_SOFT_CAP;
 

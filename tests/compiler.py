@@ -79,11 +79,7 @@ def compiling(items: Sequence[pytest.Item]) -> Iterator[Logs]:
 
     As many processes as there are cores do, which no test's stand-ins reach.
     """
-    cases = [
-        item.callspec.params["case"]
-        for item in items
-        if isinstance(item, pytest.Function) and reads_logs(item)
-    ]
+    cases = [item.callspec.params["case"] for item in items if reads_logs(item)]
     if not cases:
         yield {}
         return

@@ -15,8 +15,9 @@ import cupaged
 from cupaged import backend, device_schedule, devices, kernels
 from cupaged.device_schedule import KERNEL, Outline, outline
 from cupaged.kernel_spec import ITEM_DTYPE
-from cupaged.schedule import Lengths
-from cupaged.spec import AttentionSpec, DeviceModel
+from cupaged.schedule import Lengths, Schedule
+from cupaged.single_plans import SingleRequestWrapper
+from cupaged.spec import RAGGED, AttentionSpec, DeviceModel
 
 HOPPER, AMPERE = DeviceModel(132, 90), DeviceModel(108, 80)
 
@@ -64,6 +65,24 @@ def test_what_the_host_builds() -> None:
     most = device_schedule._MAX_KV_TILES * 64
     assert outline(spec, make_lengths([1] * 64, [most] * 64), HOPPER) is not None
     assert outline(spec, make_lengths([1] * 64, [most + 1] * 64), HOPPER) is None
+
+
+def test_a_single_requests_plan_is_kept_without_room_for_other_splits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The host builds it, where a batch's plan is asked of the device."""
+    monkeypatch.setattr(backend, "plan_on_device", lambda *arguments: ("the device's", None))
+    monkeypatch.setattr(backend, "device_model", lambda device: HOPPER)
+    monkeypatch.setattr(backend.Plan, "on_device", lambda self, device: None)
+    spec, lengths = make_spec(page_size=RAGGED), make_lengths([4096], [4096], 1)
+    pages = np.arange(4096, dtype=np.int32)
+
+    def planned_by(wrapper: Any) -> Any:
+        return wrapper._plan_anew(spec, lengths, pages, 4095, (None, False), 0, None, None)
+
+    ragged = cupaged.BatchPrefillWithRaggedKVCacheWrapper(backend="cuda")
+    assert planned_by(ragged) == "the device's"
+    assert isinstance(planned_by(SingleRequestWrapper(backend="cuda"))._planned, Schedule)
 
 
 def built(cp: Any, outlined: Outline) -> tuple[np.ndarray, int]:
