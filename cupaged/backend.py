@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import sys
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from cupaged import cuda, device_pages, device_schedule, devices, reference, schedule, tiles
+from cupaged import (
+    cuda,
+    device_pages,
+    device_schedule,
+    devices,
+    reference,
+    schedule,
+    tiles,
+    validate_run,
+)
 from cupaged.device_built_plan import DeviceBuiltPlan
 from cupaged.device_pages import DevicePages, Question
 from cupaged.device_plan import DevicePlan, PlacedPlan
@@ -17,6 +26,9 @@ from cupaged.device_schedule import Outline
 from cupaged.errors import BackendUnavailableError
 from cupaged.schedule import Schedule
 from cupaged.spec import HOST_MODEL, AttentionSpec, DeviceModel
+
+if TYPE_CHECKING:
+    from cupaged.masks import CustomMask
 
 Backend = Literal["auto", "reference", "cuda"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "cuda")
@@ -55,24 +67,14 @@ def device_model(device: int | None) -> DeviceModel:
     return HOST_MODEL if device is None else devices.device_model(device)
 
 
-def send_ahead(
-    page_indices: npt.NDArray[np.int32], lengths: schedule.Lengths, highest: int, device: int
-) -> DevicePages | None:
-    """A page table on CUDA device `device`, the current one, where that pays; else None."""
-    indptr = lengths.paged_kv_indptr
-    if not device_pages.worth_asking(page_indices, indptr, highest):
-        return None
-    return DevicePages(page_indices, indptr, highest, device)
-
-
 def plan_on_device(
     spec: AttentionSpec,
     lengths: schedule.Lengths,
     page_indices: npt.NDArray[np.int32],
     highest: int,
     workspace: Any | None,
-    device: int,
     ask: bool,
+    device: int,
     equal_rows: int | None = None,
 ) -> tuple[Plan, Question | None] | None:
     """A plan whose schedule CUDA device `device`, the current one, builds; None where it can't.
@@ -86,9 +88,9 @@ def plan_on_device(
         The highest page number.
     workspace : cupy.ndarray, optional
         The caller's bytes for partial states.
-    device : int
     ask : bool
         Ask the device whether a request has a page twice, where that pays.
+    device : int
     equal_rows : int, optional
         Rows of q of every request, where they can't be anything else.
 
@@ -105,6 +107,53 @@ def plan_on_device(
     ask = ask and device_schedule.can_ask(page_indices, lengths.paged_kv_indptr, highest)
     placed = DeviceBuiltPlan(outlined, page_indices, device, workspace, highest if ask else None)
     return Plan(outlined, page_indices, highest, workspace, placed), placed.question
+
+
+def plan_on_host(
+    spec: AttentionSpec,
+    lengths: schedule.Lengths,
+    page_indices: npt.NDArray[np.int32],
+    highest: int,
+    workspace: Any | None,
+    ask: bool,
+    device: int | None,
+    splits: tuple[int | None, bool] = (None, False),
+    mask: CustomMask | None = None,
+) -> tuple[Plan, Question | None]:
+    """A plan whose schedule the host builds.
+
+    Parameters
+    ----------
+    device : int or None
+        The current CUDA device, to which the plan is uploaded; None for the host.
+    splits : tuple
+        `fixed_split_size` and `disable_split_kv`.
+    mask : CustomMask, optional
+    spec, lengths, page_indices, highest, workspace, ask
+        As `plan_on_device()` takes them.
+
+    Returns
+    -------
+    plan : Plan
+    question : Question or None
+
+    Raises
+    ------
+    ValueError
+        The workspace is too small.
+    """
+    pages, indptr = None, lengths.paged_kv_indptr
+    if device is not None and ask and device_pages.worth_asking(page_indices, indptr, highest):
+        # The GPU looks at them while the host goes on.
+        pages = DevicePages(page_indices, indptr, highest, device)
+    built = schedule.build(spec, lengths, device_model(device), *splits, mask=mask)
+    if workspace is not None:
+        validate_run.workspace_size(workspace, built.workspace_bytes)
+    placed = None
+    if device is not None:
+        placed = DevicePlan(built, page_indices, device, workspace, pages)
+    question = None if pages is None else pages.question
+    return Plan(built, page_indices, highest, workspace, placed), question
 
 
 def refuse_recording(stream: int) -> None:
@@ -136,8 +185,6 @@ class Plan:
         On a device.
     only_there : bool
         It can't be on another.
-    sent_ahead : DevicePages, optional
-        The page table on a device.
     """
 
     def __init__(
@@ -148,7 +195,6 @@ class Plan:
         workspace: Any | None,
         placed: PlacedPlan | None = None,
         only_there: bool = False,
-        sent_ahead: DevicePages | None = None,
     ) -> None:
         self._planned = planned
         self.spec = planned.spec
@@ -158,7 +204,6 @@ class Plan:
         self.highest_page = highest_page
         self.workspace = workspace
         self._only = placed if only_there else None
-        self._sent_ahead = sent_ahead
         self._on_device: dict[int, PlacedPlan] = {}
         if placed is not None:
             self._on_device[placed.device] = placed
@@ -187,10 +232,7 @@ class Plan:
             planned = self.schedule
             if tiles.tile_class(model.arch) != tiles.tile_class(planned.device.arch):
                 planned = schedule.rebuild(planned, model)
-            there, self._sent_ahead = self._sent_ahead, None
-            if there is not None and there.device != device:
-                there = None
-            found = DevicePlan(planned, self.page_indices, device, self.workspace, there)
+            found = DevicePlan(planned, self.page_indices, device, self.workspace)
             self._on_device[device] = found
         return found
 

@@ -43,6 +43,8 @@ NEARLY_EQUAL = 85
 
 #: A split of fewer KV tiles than this isn't worth its item and merge cost.
 MIN_TILES_PER_SPLIT = 4
+#: Nor is an item of fewer worth a look.
+SHORTEST_SPLIT = 2 * MIN_TILES_PER_SPLIT
 
 #: Candidate splits, in shares of a slot's mean work: one or two waves of thread blocks, with slack
 #: for chunks that don't divide the tiles evenly.
@@ -110,7 +112,7 @@ def choose_split(
     fill_last_wave: bool,
     light_tiles: int,
 ) -> Split | None:
-    """How to cut the items, or None where no split pays.
+    """How to cut the items, the longest of `SHORTEST_SPLIT` or more; None where no split pays.
 
     The finish time of a longest-first schedule is estimated by its lower bounds: the mean work
     of a slot, the longest item, and whole waves of equal items (Graham 1969, "Bounds on
@@ -133,8 +135,6 @@ def choose_split(
         KV tiles of light items, see `light_len()`.
     """
     longest = kv_tiles.item(order.item(0))
-    if longest < 2 * MIN_TILES_PER_SPLIT:
-        return None
     tiles = int(np.add.reduce(kv_tiles, dtype=np.int64))
     num_items = len(kv_tiles) * num_kv_heads
     split, finish = None, math.inf

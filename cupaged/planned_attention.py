@@ -8,7 +8,6 @@ import numpy as np
 
 from cupaged import arrays, schedule, torch_ops, validate, validate_lengths, validate_run
 from cupaged import backend as backend_room
-from cupaged.device_pages import Question
 from cupaged.graph import Graph
 from cupaged.graph_buffers import GraphBuffers
 from cupaged.schedule import IntArray, Lengths
@@ -184,36 +183,15 @@ class PlannedAttention:
         equal_rows: int | None,
     ) -> backend_room.Plan:
         """A plan with memory of its own, on the current device."""
-        question, choices = None, (mask, *splits)
-        if device is not None and self._devices_build and choices == (None, None, False):
-            found = backend_room.plan_on_device(
-                *(spec, lengths, pages, highest, self._workspace, device, self._pages_may_repeat),
-                equal_rows,
-            )
-            if found is not None:
-                plan, question = found
-                self._warn_of_repeats(lengths, pages, highest, question)
-                return plan
-        table = None
-        if device is not None and self._pages_may_repeat:
-            # The GPU looks at it while the host goes on.
-            table = backend_room.send_ahead(pages, lengths, highest, device)
-        model = backend_room.device_model(device)
-        built = schedule.build(spec, lengths, model, *splits, mask=mask)
-        if self._workspace is not None:
-            validate_run.workspace_size(self._workspace, built.workspace_bytes)
-        plan = backend_room.Plan(built, pages, highest, self._workspace, sent_ahead=table)
-        if device is not None:
-            plan.on_device(device)
-        self._warn_of_repeats(lengths, pages, highest, None if table is None else table.question)
-        return plan
-
-    def _warn_of_repeats(
-        self, lengths: Lengths, pages: IntArray, highest: int, question: Question | None
-    ) -> None:
-        """Warn of pages that a request has twice, unless the device has found that none has."""
-        if self._pages_may_repeat and (question is None or not question.is_denied()):
+        found, ask = None, self._pages_may_repeat
+        arguments = (spec, lengths, pages, highest, self._workspace, ask)
+        if device is not None and self._devices_build and (mask, *splits) == (None, None, False):
+            found = backend_room.plan_on_device(*arguments, device, equal_rows)
+        plan, question = found or backend_room.plan_on_host(*arguments, device, splits, mask)
+        # Unless the device has found that no request has a page twice.
+        if ask and (question is None or not question.is_denied()):
             validate_lengths.warn_of_repeated_pages(lengths, pages, highest, self._names)
+        return plan
 
     def planning_place(self, index_arrays: tuple[Any, ...]) -> tuple[int | None, int]:
         """The CUDA device to plan for, None for the host, and the stream to upload on.

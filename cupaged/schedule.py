@@ -161,7 +161,8 @@ def build(
                 one_run = frame is not None
                 runs, kv_tiles = _visible_runs(spec, config, tiles, mask, split_size, one_run)
             order = longest_first(kv_tiles)
-            if split_size is None and not disable_split_kv:
+            longest = kv_tiles.item(order.item(0))
+            if not by_request and longest >= heuristics.SHORTEST_SPLIT:
                 light_len = heuristics.light_len(config, group, fewest, most)
                 light_tiles = 0
                 if light_len:

@@ -24,10 +24,7 @@ OPTIONS: list[dict[str, Any]] = [{}, {"fixed_split_size": 3}, {"disable_split_kv
 class HostDevicePlan:
     """A `DevicePlan` that stays on the host."""
 
-    def __init__(
-        self, planned: Any, page_indices: Any, device: int, workspace: Any, sent_ahead: Any
-    ) -> None:
-        assert sent_ahead is None
+    def __init__(self, planned: Any, page_indices: Any, device: int, workspace: Any) -> None:
         self.schedule = planned
         self.page_indices = page_indices
         self.device = device

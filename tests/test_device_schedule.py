@@ -67,13 +67,20 @@ def test_what_the_host_builds() -> None:
     assert outline(spec, make_lengths([1] * 64, [most + 1] * 64), HOPPER) is None
 
 
+class Placed:
+    """A `DevicePlan` that is nowhere."""
+
+    def __init__(self, built: Any, pages: Any, device: int, *others: Any) -> None:
+        self.device = device
+
+
 def test_a_single_requests_plan_is_kept_without_room_for_other_splits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The host builds it, where a batch's plan is asked of the device."""
     monkeypatch.setattr(backend, "plan_on_device", lambda *arguments: ("the device's", None))
     monkeypatch.setattr(backend, "device_model", lambda device: HOPPER)
-    monkeypatch.setattr(backend.Plan, "on_device", lambda self, device: None)
+    monkeypatch.setattr(backend, "DevicePlan", Placed)
     spec, lengths = make_spec(page_size=RAGGED), make_lengths([4096], [4096], 1)
     pages = np.arange(4096, dtype=np.int32)
 
@@ -92,7 +99,7 @@ def built(cp: Any, outlined: Outline) -> tuple[np.ndarray, int]:
     pages = np.zeros(lengths.paged_kv_indptr[-1], np.int32)
     highest = int(pages.max(initial=-1))
     found = backend.plan_on_device(
-        outlined.spec, lengths, pages, highest, None, cp.cuda.Device().id, ask=False
+        outlined.spec, lengths, pages, highest, None, False, cp.cuda.Device().id
     )
     assert found is not None
     (launch,) = found[0].on_device(cp.cuda.Device().id).launches
