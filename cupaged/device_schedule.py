@@ -20,6 +20,7 @@ from cupaged.frames import Room
 from cupaged.kernel_spec import ITEM_DTYPE, OnlyKernel
 from cupaged.launch_arguments import ArgumentLayout, Arguments
 from cupaged.schedule import IntArray, Lengths, Schedule
+from cupaged.shape_choice import LONG_ROWS
 from cupaged.spec import AttentionSpec, DeviceModel
 from cupaged.tiles import Shape, kernel_config, slots
 
@@ -32,11 +33,10 @@ _MAX_KV_TILES = (1 << (32 - _INDEX_BITS)) - 1
 _MAX_PARTIALS = 2 * _NUM_THREADS
 #: Of a page table of fewer entries, asking beside takes the host longer than looking for itself.
 _MIN_ENTRIES = 2048
-#: Where fewer requests make fewer pieces of work for an SM, in tiles of so many rows, the host
+#: Where fewer requests make fewer pieces of work for an SM, in tiles of LONG_ROWS, the host
 #: builds the schedule: what it launches then is as small as the batch.
 _MANY_REQUESTS = 32
 _MANY_PIECES = 2
-_ROWS = 128
 _MAX_BATCH = 4096
 
 _POINTERS = ("qo_indptr", "kv_len", "kv_indptr", "items", "work_counters", "merge_counters")
@@ -160,7 +160,7 @@ def outline(
     num_queries, group = lengths.nnz_qo, spec.gqa_group_size
     if batch > _MAX_BATCH or spec.window_left >= 0 or not num_queries:
         return None
-    pieces = (num_queries * group // _ROWS + batch) * spec.num_kv_heads
+    pieces = (num_queries * group // LONG_ROWS + batch) * spec.num_kv_heads
     if batch < _MANY_REQUESTS and pieces < _MANY_PIECES * device.num_sms:
         return None
     if equal_rows is None:

@@ -69,7 +69,7 @@ def light_len(config: KernelConfig, group: int, fewest: int, most: int) -> int:
     return _LIGHT_ROWS // group if light else 0
 
 
-def light_tiles(
+def count_light_tiles(
     kv_tiles: IntArray, order: npt.NDArray[np.intp], qo_len: IntArray, light_len: int
 ) -> int:
     """KV tiles of all light items; 0 where one of them is the longest of all.

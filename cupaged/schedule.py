@@ -167,7 +167,9 @@ def build(
                 light_tiles = 0
                 if light_len:
                     item_qo_len = runs[:, QO_LEN] if narrowed else tiles.qo_len
-                    light_tiles = heuristics.light_tiles(kv_tiles, order, item_qo_len, light_len)
+                    light_tiles = heuristics.count_light_tiles(
+                        *(kv_tiles, order, item_qo_len, light_len)
+                    )
                 split = heuristics.choose_split(
                     *(kv_tiles, order, spec.num_kv_heads, num_slots, shape == "long", light_tiles)
                 )

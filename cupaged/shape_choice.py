@@ -25,7 +25,8 @@ BRIEF_MAX_KEYS = 256
 _RIDE_ALONG = 0.1
 _RIDE_ALONG_FEW_WAVES = 0.5
 _FEW_WAVES = 4
-_LONG_ROWS = 128
+#: Packed rows that the work of long tiles is reckoned in, whatever theirs are.
+LONG_ROWS = 128
 
 
 def choose_shapes(
@@ -96,10 +97,10 @@ def _ride_along(
     long_keys = kv_len - short_keys
     short_work = int(np.add.reduce(short_keys, dtype=np.int64))
     # In float64 NumPy's dot product is fastest, and can't overflow.
-    long_work = float(long_keys.astype(np.float64).dot(packed_len)) / _LONG_ROWS
+    long_work = float(long_keys.astype(np.float64).dot(packed_len)) / LONG_ROWS
     if short_work <= _RIDE_ALONG * long_work:
         return True
-    tiles = num_rows // _LONG_ROWS + len(packed_len)  # at most
+    tiles = num_rows // LONG_ROWS + len(packed_len)  # at most
     if tiles * num_kv_heads > _FEW_WAVES * slots or short_work > _RIDE_ALONG_FEW_WAVES * long_work:
         return False
     return bool(short_keys[short_keys.argmax()] <= long_keys[long_keys.argmax()])

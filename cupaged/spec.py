@@ -97,11 +97,6 @@ class Needs(NamedTuple):
     scattered: bool = False
 
 
-def plain_needs(dtype: str, head_dim: int, page_size: int) -> Needs:
-    """The needs of attention without variants."""
-    return Needs(dtype, dtype, head_dim, head_dim, page_size)
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """What `plan()` fixes about an attention call, apart from the lengths.

@@ -12,7 +12,9 @@ from typing import TypeAlias
 
 import pytest
 
-from cupaged import kernels
+from cupaged import kernels, tiles
+from cupaged.kernel_spec import KernelConfig
+from cupaged.spec import Needs
 
 #: An architecture and a kernel, which a test has as its `case`.
 Case: TypeAlias = "tuple[int, kernels.Kernel]"
@@ -59,6 +61,14 @@ LOG = re.compile(
     """,
     re.VERBOSE,
 )
+
+
+def plain_kernel(
+    arch: int, dtype: str, head_dim: int, page_size: int, shape: tiles.Shape = "long"
+) -> KernelConfig:
+    """The kernel of attention without variants."""
+    needs = Needs(dtype, dtype, head_dim, head_dim, page_size)
+    return tiles.kernel_config(arch, needs, shape)
 
 
 def name(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,6 +105,20 @@ def check(batch: batches.Batch, formula: Formula, **options: Any) -> None:
 
 def same_bits(one: Results, other: Results) -> bool:
     return all(a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+
+
+def spinner(cp: Any) -> Callable[[], None]:
+    """What keeps the current stream busy for some 10 ms, compiled and run once."""
+    source = """
+    extern "C" __global__ void spin(long long cycles) {
+        const long long begin = clock64();
+        while (clock64() - begin < cycles) {}
+    }
+    """
+    kernel = cp.RawKernel(source, "spin")
+    kernel((1,), (1,), (np.int64(1),))
+    cp.cuda.Device().synchronize()
+    return lambda: kernel((1,), (1,), (np.int64(15_000_000),))
 
 
 @contextmanager

@@ -8,13 +8,14 @@ import batches
 import numpy as np
 import oracle
 import pytest
+from compiler import plain_kernel
 from oracle import Formula
 from small_call import Wrapper
 
 from cupaged import backend, cuda, reference, schedule, tiles
 from cupaged import devices as devices_room
 from cupaged.backend import Plan
-from cupaged.spec import HOST_MODEL, DeviceModel, plain_needs
+from cupaged.spec import HOST_MODEL, DeviceModel
 
 #: Compute capability 9.0 is what the host plans for; the others are of the other classes.
 OTHERS = {"medium": 80, "small": 89, "large": 100, "newer than the table": 130}
@@ -90,8 +91,7 @@ def test_a_plan_run_on_another_class_of_device_is_divided_anew(
     assert found.device == 3
     assert found.page_indices is plan.page_indices
     assert found.schedule.device == devices[3]
-    needs = plain_needs("float16", head_dim, 16)
-    configs = {tiles.kernel_config(arch, needs, shape) for shape in tiles.SHAPES}
+    configs = {plain_kernel(arch, "float16", head_dim, 16, shape) for shape in tiles.SHAPES}
     assert {launch.config for launch in found.schedule.launches} <= configs
     expected = schedule.build(before.spec, before.lengths, devices[3], **options)
     for launch, same in zip(found.schedule.launches, expected.launches, strict=True):

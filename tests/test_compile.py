@@ -19,13 +19,13 @@ from compiler import (
     WARPGROUP,
     Logs,
     name,
+    plain_kernel,
     read,
     registers_of_blocks,
 )
 
 from cupaged import kernels, tiles
 from cupaged.kernel_spec import DEVICE_STRUCTS, KernelConfig
-from cupaged.spec import plain_needs
 
 Case = tuple[int, KernelConfig]
 
@@ -131,7 +131,7 @@ def test_a_changed_layout_does_not_compile(
         mirror.append(("one_more", dtype[0]))
         wrong = ["static assertion failed", f'class "{struct}" has no member "one_more"']
     monkeypatch.setitem(DEVICE_STRUCTS, struct, np.dtype(mirror, align=True))
-    config = tiles.kernel_config(80, plain_needs("float16", 64, 16), "short")
+    config = plain_kernel(80, "float16", 64, 16, "short")
     with pytest.raises(RuntimeError, match=f"^NVRTC refused {config.name} for sm_80:") as raised:
         kernels.compile_cubin(config, 80)
     assert re.findall(r"error: (.*)", str(raised.value)) == wrong

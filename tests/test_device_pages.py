@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gpu_calls import spinner
 
 import cupaged
 from cupaged import device_pages, devices, kernels
@@ -15,13 +16,6 @@ from cupaged.device_pages import KERNEL, DevicePages, Question, worth_asking
 
 #: As many entries as the GPU is asked about.
 MANY = 13_000
-#: Launch a kernel that takes some 10 ms.
-SPIN = r"""
-extern "C" __global__ void spin(long long cycles) {
-    long long begin = clock64();
-    while (clock64() - begin < cycles) {}
-}
-"""
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
@@ -161,7 +155,7 @@ def warnings_of_plan(pages: np.ndarray, indptr: np.ndarray, backend: str) -> lis
 @pytest.mark.parametrize("busy", [False, True])
 def test_plans_warn_alike(cp: Any, rng: np.random.Generator, busy: bool) -> None:
     """Whoever looked: the host, the GPU, or the host because the GPU was busy."""
-    spin = cp.RawKernel(SPIN, "spin")
+    spin = spinner(cp)
     for _ in range(10):
         pages, indptr = table(rng, 50, MANY, shared=3)
         for mistake in (False, True):
@@ -170,6 +164,6 @@ def test_plans_warn_alike(cp: Any, rng: np.random.Generator, busy: bool) -> None
             expected = warnings_of_plan(pages, indptr, "reference")
             assert len(expected) == mistake
             if busy:
-                spin((1,), (1,), (np.int64(15_000_000),))
+                spin()
             assert warnings_of_plan(pages, indptr, "cuda") == expected
     devices.cupy().cuda.Device().synchronize()

@@ -15,6 +15,7 @@ import pytest
 from gpu_calls import (
     Wrapper,
     planned,
+    spinner,
     to_gpu,
     to_host,
     told,
@@ -26,21 +27,11 @@ import cupaged
 
 pytestmark = pytest.mark.gpu
 
-SPIN = r"""
-extern "C" __global__ void spin(long long cycles) {
-    long long begin = clock64();
-    while (clock64() - begin < cycles) {}
-}
-"""
-
 
 @pytest.fixture(scope="module")
 def spin(cp: Any) -> Callable[[], None]:
     """Keep the current stream busy for some 10 ms."""
-    kernel = cp.RawKernel(SPIN, "spin")
-    kernel((1,), (1,), (np.int64(1),))  # compiled before it is needed
-    cp.cuda.Device().synchronize()
-    return lambda: kernel((1,), (1,), (np.int64(15_000_000),))
+    return spinner(cp)
 
 
 def random_batch(rng: np.random.Generator) -> batches.Batch:

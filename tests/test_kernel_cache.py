@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiler import plain_kernel
 from processes import race
 from stand_ins import FakeModule, FakeNvrtc, install
 
-from cupaged import kernels, source, tiles
+from cupaged import kernels, source
 from cupaged.errors import BackendUnavailableError
 from cupaged.kernel_spec import KernelConfig
-from cupaged.spec import Variant, plain_needs
+from cupaged.spec import Variant
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = tiles.kernel_config(90, plain_needs("float16", 128, 16), "long")
-OTHER = tiles.kernel_config(90, plain_needs("bfloat16", 128, 16), "long")
+CONFIG = plain_kernel(90, "float16", 128, 16)
+OTHER = plain_kernel(90, "bfloat16", 128, 16)
 
 # Keys
 
@@ -263,9 +264,9 @@ def test_another_device_loads_the_compiled_kernel(monkeypatch: pytest.MonkeyPatc
     assert len(FakeModule.loaded) == 2
 
 
-RACE_IMPORTS = "from cupaged import kernels, tiles; from cupaged.spec import plain_needs"
+RACE_IMPORTS = "from cupaged import kernels, tiles; from cupaged.spec import Needs"
 RACE = """
-config = tiles.kernel_config(90, plain_needs("float16", 64, 16), "short")
+config = tiles.kernel_config(90, Needs("float16", "float16", 64, 64, 16), "short")
 print(kernels.cubin_path(config, 90), flush=True)
 """
 
@@ -277,7 +278,7 @@ def test_two_processes_race_for_one_entry() -> None:
     except BackendUnavailableError as error:
         pytest.skip(str(error))
     found = set(race(RACE_IMPORTS, RACE, 2))
-    config = tiles.kernel_config(90, plain_needs("float16", 64, 16), "short")
+    config = plain_kernel(90, "float16", 64, 16, "short")
     assert found == {str(kernels.find_cached(config, 90))}
     assert [str(path) for path in kernels.cache_folder().iterdir()] == list(found)
     assert np.fromfile(found.pop(), "S4", 1)[0] == b"\x7fELF"

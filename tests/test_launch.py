@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiler import plain_kernel
 
-from cupaged import cuda, tensor_maps, tiles
+from cupaged import cuda, tensor_maps
 from cupaged.device_plan import ReadyLaunch, arguments_with
 from cupaged.kernel_spec import PARAMS_DTYPE
-from cupaged.spec import AttentionSpec, plain_needs
+from cupaged.spec import AttentionSpec
 from cupaged.transform import Transform
 
 PAGES, PAGE_SIZE, HEADS, DIM = 5, 16, 2, 64
@@ -89,7 +90,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def plan_of(box_rows: int = 16, heads_first: bool = False) -> Any:
-    config = tiles.kernel_config(90, plain_needs("float16", DIM, PAGE_SIZE), "long")
+    config = plain_kernel(90, "float16", DIM, PAGE_SIZE)
     return SimpleNamespace(
         stream=SimpleNamespace(ptr=7),
         page_shape=(PAGE_SIZE, HEADS, DIM),

@@ -7,19 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
+from compiler import plain_kernel
 
 from cupaged import kernels, source, tiles
 from cupaged.kernel_spec import DEVICE_STRUCTS, KernelConfig
-from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, Needs, plain_needs
+from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, Needs
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = tiles.kernel_config(90, plain_needs("float16", 128, 16), "long")
-OTHER = tiles.kernel_config(90, plain_needs("bfloat16", 128, 16), "long")
-FAMILIES = {
-    config.family: config
-    for config in (CONFIG, tiles.kernel_config(80, plain_needs("float16", 128, 16), "long"))
-}
+CONFIG = plain_kernel(90, "float16", 128, 16)
+OTHER = plain_kernel(90, "bfloat16", 128, 16)
+FAMILIES = {config.family: config for config in (CONFIG, plain_kernel(80, "float16", 128, 16))}
 
 
 @pytest.fixture(params=["prefill_sm80", "prefill_sm90"])
@@ -72,7 +70,7 @@ def test_constants_of_a_configuration_are_in_its_prologue() -> None:
     ):
         assert constant in text
     assert "#define CUPAGED_BFLOAT16 1" in source.prologue(OTHER)
-    by_key = tiles.kernel_config(90, plain_needs("float16", 128, 1), "long")
+    by_key = plain_kernel(90, "float16", 128, 1)
     assert "#define CUPAGED_PAGE_ALIGNED 0" in source.prologue(by_key)
 
 

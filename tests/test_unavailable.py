@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from compiler import plain_kernel
 from stand_ins import FakeNvrtc, install, uninstall_cupy
 
-from cupaged import devices, kernels, tiles
+from cupaged import devices, kernels
 from cupaged.errors import BackendUnavailableError
-from cupaged.spec import plain_needs
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
-CONFIG = tiles.kernel_config(90, plain_needs("float16", 128, 16), "long")
+CONFIG = plain_kernel(90, "float16", 128, 16)
 NVRTC_WHEELS = "nvidia-cuda-nvrtc-cu12 (for cupy-cuda12x) or nvidia-cuda-nvrtc (cupy-cuda13x)"
 
 
