@@ -123,7 +123,7 @@ def flash_attn_varlen_func(
     rows = ("total_k",) if table is None else ("num_pages", "page_size")
     for x, name in ((keys, "k"), (values, "v")):
         flash_calls.check_axes(x, name, (*rows, "num_heads_k", "head_dim"))
-    call = flash_calls.call(queries, keys, values, softmax_scale, softcap, lengths)
+    call = flash_calls.call(queries, keys, values, softmax_scale, softcap, lengths, ("k", "v"))
     sizes = flash_calls.VarlenSizes(
         queries.shape[:2],
         keys.shape[: len(rows)],
@@ -228,8 +228,7 @@ def flash_attn_with_kvcache(
         if x is not None:
             raise NotImplementedError(f"{name} is {validate.what(x)}, served is None")
     validate.flag(rotary_interleaved, "rotary_interleaved")
-    if isinstance(num_splits, bool) or num_splits not in (0, 1):
-        raise NotImplementedError(f"num_splits = {num_splits}, served are 0 and 1")
+    one_split = flash_calls.one_split(num_splits)
     want_lse = validate.flag(return_softmax_lse, "return_softmax_lse")
     window = flash_calls.window(window_size, causal)
     table = flash_calls.one_table(block_table, page_table)
@@ -256,8 +255,8 @@ def flash_attn_with_kvcache(
         if cache_seqlens is None:
             raise ValueError("cache_seqlens is None, expected where k and v go")
     call = flash_calls.call(
-        *(queries, keys, values, softmax_scale, softcap, lengths),
-        disable_split_kv=num_splits == 1,
+        *(queries, keys, values, softmax_scale, softcap, lengths, ("k_cache", "v_cache")),
+        disable_split_kv=one_split,
     )
     flat = flash_calls.is_flat(keys) and flash_calls.is_flat(values)
     seqlen_new = 0 if new is None else new[0].shape[1]

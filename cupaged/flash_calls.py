@@ -198,9 +198,11 @@ def check_axes(x: Array, name: str, axes: tuple[str, ...]) -> None:
 def window(window_size: Any, causal: Any) -> Window:
     """How many keys before and behind the diagonal a row sees; None for all."""
     sizes = window_size if isinstance(window_size, (tuple, list)) else ()
-    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
+    if len(sizes) != 2 or any(
+        isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in sizes
+    ):
         raise TypeError(f"window_size = {window_size!r}, expected two ints")
-    left, right = (None if n < 0 else n for n in sizes)
+    left, right = (None if n < 0 else int(n) for n in sizes)
     return left, 0 if validate.flag(causal, "causal") else right
 
 
@@ -222,6 +224,15 @@ def longest(value: Any, name: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} is {validate.what(value)}, expected an int")
     return int(value)
+
+
+def one_split(num_splits: Any) -> bool:
+    """Whether keys are never split."""
+    if isinstance(num_splits, bool) or not isinstance(num_splits, (int, np.integer)):
+        raise TypeError(f"num_splits is {validate.what(num_splits)}, expected an int")
+    if num_splits not in (0, 1):
+        raise NotImplementedError(f"num_splits = {num_splits}, served are 0 and 1")
+    return bool(num_splits == 1)
 
 
 def one_table(block_table: Any, page_table: Any) -> Index | None:
@@ -274,20 +285,24 @@ def call(
     softmax_scale: Any,
     softcap: Any,
     lengths: Lengths,
+    names: tuple[str, str],
     disable_split_kv: bool = False,
 ) -> door.Call:
+    """The call that the arrays make, checked against each other; `names` are K's and V's."""
+    k_name, v_name = names
     if v.dtype != k.dtype:
-        raise TypeError(f"v is {v.dtype}, expected {k.dtype} as k is")
+        raise TypeError(f"{v_name} is {v.dtype}, expected {k.dtype} as {k_name} is")
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
-            f"v has shape {v.shape}, expected {k.shape[:-1]} and head_dim: k's is {k.shape}"
+            f"{v_name} has shape {v.shape}, expected {k.shape[:-1]} and head_dim: "
+            f"{k_name}'s is {k.shape}"
         )
     validate_run.check_last_axis(q, "q")
     if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k has head_dim {k.shape[-1]}, expected {q.shape[-1]} as q has")
+        raise ValueError(f"{k_name} has head_dim {k.shape[-1]}, expected {q.shape[-1]} as q has")
     return door.Call(
         *(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]),
-        *(dtype_name(q.dtype, "q's dtype"), dtype_name(k.dtype, "k's dtype")),
+        *(dtype_name(q.dtype, "q's dtype"), dtype_name(k.dtype, f"{k_name}'s dtype")),
         sm_scale=None if softmax_scale is None else validate.scale(softmax_scale, "softmax_scale"),
         logits_soft_cap=validate.scale(softcap, "softcap"),
         pos_encoding_mode="NONE" if lengths.slopes is None else "ALIBI",
@@ -355,6 +370,9 @@ def new_tokens(
         if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != (batch, *cache.shape[2:]):
             words = ", ".join(map(str, expected))
             raise ValueError(f"{name} has shape {array.shape}, expected ({words})")
+        if array.dtype != cache.dtype:
+            raise TypeError(f"{name} is {array.dtype}, expected {cache.dtype} as {name}_cache is")
+        validate_run.check_last_axis(array, name)
         found.append(array)
     if found[0].shape[1] != found[1].shape[1]:
         raise ValueError(f"v has {found[1].shape[1]} tokens, expected {found[0].shape[1]} as k has")

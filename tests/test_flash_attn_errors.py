@@ -165,7 +165,36 @@ def read_only(x: Array) -> Array:
         ({"rotary_cos": Q}, NotImplementedError, "rotary_cos is a ndarray, served is None"),
         ({"rotary_sin": Q}, NotImplementedError, "rotary_sin is a ndarray, served is None"),
         ({"num_splits": 3}, NotImplementedError, "num_splits = 3, served are 0 and 1"),
+        ({"num_splits": np.zeros(2)}, TypeError, "num_splits is a ndarray, expected an int"),
+        ({"num_splits": True}, TypeError, "num_splits is a bool, expected an int"),
+        (
+            {"v_cache": CACHE["v_cache"].astype(np.float32)},
+            TypeError,
+            "v_cache is float32, expected float16 as k_cache is",
+        ),
+        (
+            {"v_cache": CACHE["v_cache"][:2]},
+            ValueError,
+            "v_cache has shape (2, 8, 2, 64), expected (3, 8, 2) and head_dim: k_cache's is "
+            "(3, 8, 2, 64)",
+        ),
+        (
+            {"k_cache": CACHE["k_cache"][..., :32]},
+            ValueError,
+            "k_cache has head_dim 32, expected 64 as q has",
+        ),
         ({"k": NEW}, ValueError, "v is None, expected both k and v, or neither"),
+        (
+            {"k": NEW.astype(np.float32), "v": NEW, "cache_seqlens": 1},
+            TypeError,
+            "k is float32, expected float16 as k_cache is",
+        ),
+        (
+            {"k": NEW, "v": NEW.repeat(2, -1)[..., ::2], "cache_seqlens": 1},
+            ValueError,
+            "v has a stride of 2 elements on its last axis, expected 1: head_dim must be "
+            "contiguous",
+        ),
         ({"k": NEW, "v": NEW}, ValueError, "cache_seqlens is None, expected where k and v go"),
         ({"cache_seqlens": -1}, ValueError, "cache_seqlens = -1, expected at least 0"),
         (
