@@ -188,6 +188,10 @@ def test_errors(
             "notional_padding = 10, expected a multiple of page_size = 4",
         ),
         (
+            lambda: PAGED.from_seqlens([3], [2], np.zeros(3, np.int32), 4),
+            "block_tables has shape (3,), expected (batch, pages)",
+        ),
+        (
             lambda: BLOCKS.split(Q[:, :4]),
             "tensor has shape (1, 4, 2, 64), expected (1, 5, ...)",
         ),
@@ -197,6 +201,16 @@ def test_errors_of_twins(make: Any, message: str) -> None:
     with pytest.raises(ValueError) as raised:
         make()
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("table", [None, [[0, 1]]], ids=["nothing", "a list"])
+def test_a_page_table_is_an_array(table: Any) -> None:
+    padded = twins.BlockDiagonalPaddedKeysMask.from_seqlens([3], 4, [2])
+    message = rf"^block_tables is {'a list' if table else 'a NoneType'}, expected an int array"
+    with pytest.raises(TypeError, match=message):
+        PAGED.from_seqlens([3], [2], table, 4)
+    with pytest.raises(TypeError, match=message):
+        padded.make_paged(table, 4, PAGED)
 
 
 def test_xformers_mask_with_a_bias_of_its_own_is_refused() -> None:

@@ -47,7 +47,7 @@ class BlockDiagonalPaddedKeysMask(AttentionBias):
 
     def make_paged(self, block_tables: Any, page_size: int, paged_type: type[_Paged]) -> _Paged:
         """The same over pages, `block_tables` [batch, pages]."""
-        padding = block_tables.shape[1] * validate.positive_int(page_size, "page_size")
+        padding = _room(block_tables, page_size)
         k_seqinfo = PaddedSeqLenInfo.from_seqlens_padded(self.k_seqinfo.seqlen_py, padding)
         return paged_type(self.q_seqinfo, k_seqinfo, block_tables, page_size)
 
@@ -122,13 +122,24 @@ class PagedBlockDiagonalPaddedKeysMask(AttentionBias):
         device: Any = None,
     ) -> _Paged:
         """Of requests with so many queries and so many keys each."""
-        padding = block_tables.shape[1] * validate.positive_int(page_size, "page_size")
+        padding = _room(block_tables, page_size)
         return cls(*_padded(q_seqlen, padding, kv_seqlen), block_tables, page_size)
 
 
 @dataclass(eq=False)
 class PagedBlockDiagonalCausalWithOffsetPaddedKeysMask(PagedBlockDiagonalPaddedKeysMask):
     """The same, causal from the bottom right."""
+
+
+def _room(block_tables: Any, page_size: Any) -> int:
+    """Keys that a request's pages have room for."""
+    shape = getattr(block_tables, "shape", None)
+    if shape is None:
+        kind = validate.what(block_tables)
+        raise TypeError(f"block_tables is {kind}, expected an int array [batch, pages]")
+    if len(shape) != 2:
+        raise ValueError(f"block_tables has shape {tuple(shape)}, expected (batch, pages)")
+    return int(shape[1]) * validate.positive_int(page_size, "page_size")
 
 
 def _padded(q_seqlen: Any, kv_padding: int, kv_seqlen: Any) -> tuple[SeqLenInfo, PaddedSeqLenInfo]:
