@@ -339,14 +339,14 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
             "rope_scale": rope_scale,
             "rope_theta": rope_theta,
         }
-        self._plan_features(None, pos_encoding_mode, features)
-        return self.run(
-            *(q, paged_kv_cache),
-            q_scale=q_scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            return_lse=return_lse,
-        )
+        with self._planned_with(None, pos_encoding_mode, features):
+            return self.run(
+                *(q, paged_kv_cache),
+                q_scale=q_scale,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                return_lse=return_lse,
+            )
 
     def forward_return_lse(self, *args: Any, **options: Any) -> Any:
         """`forward()` with `return_lse=True`."""

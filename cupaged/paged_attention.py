@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from cupaged import arrays, torch_ops, validate, validate_run
@@ -177,11 +178,21 @@ class PagedAttention(PlannedAttention):
         """
         return self.run(*args, return_lse=True, **options)
 
-    def _plan_features(self, causal: Any, mode: Any, features: dict[str, Any]) -> None:
-        """Plan the same batch with the features that `forward()` names, as `replan` takes them."""
-        if self._plan is not None:
+    @contextmanager
+    def _planned_with(self, causal: Any, mode: Any, features: dict[str, Any]) -> Iterator[None]:
+        """Plan the same batch with the features that `forward()` names, as `replan` takes them.
+
+        Should the call fail, the plan before it stays.
+        """
+        before = self._plan
+        if before is not None:
             fixed = self._graph is not None
-            self._plan = replan(self._plan, self._names.head_dim, causal, mode, features, fixed)
+            self._plan = replan(before, self._names.head_dim, causal, mode, features, fixed)
+        try:
+            yield
+        except BaseException:
+            self._plan = before
+            raise
 
 
 def import_cache(paged_kv_cache: Any, q: Any) -> Any:

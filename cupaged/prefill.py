@@ -151,7 +151,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedAttention):
         page_size : int
             Tokens of a page.
         head_dim_vo : int, optional
-            Elements of a value's head; by default `head_dim_qk`, and 128 beside 192.
+            Elements of a value's head; by default `head_dim_qk`. Beside 192 it is 128.
         custom_mask : bool array [sum of qo_len * kv_len], optional
             Which keys each query row sees: every request's `[qo_len, kv_len]`, one after the other.
             A key is seen where the mask, `causal` and `window_left` all let it.
@@ -368,8 +368,10 @@ use_fp16_softmax, uses_spcompress
             "rope_scale": rope_scale,
             "rope_theta": rope_theta,
         }
-        self._plan_features(causal, pos_encoding_mode, features)
-        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+        with self._planned_with(causal, pos_encoding_mode, features):
+            return self.run(
+                q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse
+            )
 
     def forward_return_lse(self, *args: Any, **options: Any) -> Any:
         """`forward()` with `return_lse=True`."""

@@ -351,8 +351,8 @@ o_indptr, uniform_q_len
             "rope_scale": rope_scale,
             "rope_theta": rope_theta,
         }
-        self._plan_features(causal, pos_encoding_mode, features)
-        return self.run(q, k, v, return_lse=return_lse)
+        with self._planned_with(causal, pos_encoding_mode, features):
+            return self.run(q, k, v, return_lse=return_lse)
 
     def forward_return_lse(self, *args: Any, **options: Any) -> Any:
         """`forward()` with `return_lse=True`."""

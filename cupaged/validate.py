@@ -101,6 +101,8 @@ class Features(NamedTuple):
 
 
 _PLAIN = Features()
+#: Kinds of features that stay what they are; a tensor of one number may be another the next time.
+_FIXED = (type(None), int, float, str, np.generic)
 
 
 def attention_spec(
@@ -127,10 +129,16 @@ def attention_spec(
         *(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, causal),
         *(sm_scale, dtypes, kv_layout, head_dim_name, *features),
     )
-    try:
-        return _known_spec(*arguments)
-    except TypeError:
-        pass  # a wrong type; where it can't be hashed, that is yet to be said
+    _, cap, _, rope_scale, rope_theta, _ = features
+    if (
+        isinstance(cap, _FIXED)
+        and isinstance(rope_scale, _FIXED)
+        and isinstance(rope_theta, _FIXED)
+    ):
+        try:
+            return _known_spec(*arguments)
+        except TypeError:
+            pass  # a wrong type; where it can't be hashed, that is yet to be said
     return _attention_spec(*arguments)
 
 

@@ -102,3 +102,12 @@ def test_arguments_are_flashinfers() -> None:
         parameters = inspect.signature(kind.forward).parameters
         assert parameters["return_lse"].kind.name == "KEYWORD_ONLY"
         assert kind.begin_forward is kind.plan
+
+
+def test_a_refused_call_leaves_the_plan_as_it_was(rng: np.random.Generator) -> None:
+    batch = batches.build(rng, [3, 9], [40, 60])
+    wrapper = Wrapper(backend="reference")
+    batch.plan(wrapper)
+    with pytest.raises(ValueError, match=r"^q has 11 rows, expected 12"):
+        wrapper.forward(batch.q[1:], batch.cache, causal=True)
+    oracle.check_all(batch, Formula(), *wrapper.run(batch.q, batch.cache, return_lse=True))

@@ -375,3 +375,15 @@ def test_the_largest_numbers_are_taken() -> None:
 @pytest.mark.parametrize("one", [np.float32(0.5), np.array(0.5), np.array([[0.5]])])
 def test_a_scale_may_be_an_array_of_one_element(one: Any) -> None:
     assert planned(sm_scale=one)._plan.schedule.spec.sm_scale == 0.5
+
+
+@pytest.mark.parametrize("name", ["sm_scale", "logits_soft_cap", "rope_scale", "rope_theta"])
+def test_a_tensor_of_one_number_is_read_anew(name: str) -> None:
+    """PyTorch's are the same key of a dictionary whatever they hold."""
+    torch = pytest.importorskip("torch")
+    mode = {"pos_encoding_mode": "ROPE_LLAMA"} if name.startswith("rope") else {}
+    value, wrapper = torch.tensor(30.0), Wrapper(backend="reference")
+    for number in (30.0, 0.5):
+        value.fill_(number)
+        wrapper.plan([0, 1], [0, 1], [0], [1], 4, 2, 64, 16, **mode, **{name: value})
+        assert getattr(wrapper._plan.spec, name) == number
