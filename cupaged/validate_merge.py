@@ -8,7 +8,7 @@ import numpy as np
 
 from cupaged import arrays
 from cupaged.spec import DTYPES
-from cupaged.validate_run import check_last_axis, place, words_of_dtype
+from cupaged.validate_run import check_last_axis, own_elements, place, words_of_dtype
 
 #: What is merged, by name.
 _SERVED = ("float16", "bfloat16", "float32")
@@ -102,12 +102,7 @@ def mutable(x: Any, name: str) -> Any:
 def written(array: Any, name: str) -> None:
     """Check an imported array that is merged in place."""
     arrays.writable(array, name)
-    for axis, (length, stride) in enumerate(zip(array.shape, array.strides, strict=True)):
-        if stride == 0 and length > 1 and array.size:
-            raise ValueError(
-                f"{name} has a stride of 0 on axis {axis}, expected elements of their own: "
-                "it is merged in place"
-            )
+    own_elements(array, name, ": it is merged in place")
 
 
 def _check(

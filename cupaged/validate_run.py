@@ -184,6 +184,18 @@ def given(
         raise ValueError(f"{name} is on {place(found)}, expected {place(device)} as q is")
     if name == "out":
         check_last_axis(array, name)
+    arrays.writable(array, name)  # which the object that it came from may not have shown
+    if 0 in array.strides:
+        own_elements(array, name)
+
+
+def own_elements(array: Any, name: str, why: str = "") -> None:
+    """Refuse an array that is to be written and has one place for several elements."""
+    for axis, (length, stride) in enumerate(zip(array.shape, array.strides, strict=True)):
+        if stride == 0 and length > 1 and array.size:
+            raise ValueError(
+                f"{name} has a stride of 0 on axis {axis}, expected elements of their own{why}"
+            )
 
 
 def one_device(

@@ -317,3 +317,37 @@ def test_the_contract_s_own_examples() -> None:
         q[:640],
         (nhd, nhd),
     )
+
+
+class Behind:
+    """An array that is seen only through DLPack."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_what_is_read_only_behind_dlpack_is_refused_before_anything_is_written(name: str) -> None:
+    given = {"out": np.full((9, 4, 64), 7, np.float16), "lse": np.full((9, 4), 7, np.float32)}
+    given[name].flags.writeable = False
+    arguments = run_arguments(**given | {name: Behind(given[name])})
+    message = f"{name} is a read-only array, expected one that can be written"
+    check_error(ValueError, message, planned().run, **arguments)
+    for array in given.values():
+        assert (array == 7).all()
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_an_output_with_one_place_for_many_elements_is_refused(name: str) -> None:
+    shape, dtype = {"out": ((9, 4, 64), np.float16), "lse": ((9, 4), np.float32)}[name]
+    row = np.full(shape[1:], 7, dtype)
+    rows = np.lib.stride_tricks.as_strided(row, shape, (0, *row.strides))
+    message = f"{name} has a stride of 0 on axis 0, expected elements of their own"
+    check_error(ValueError, message, planned().run, **run_arguments(**{name: rows}))
+    assert (row == 7).all()
