@@ -59,10 +59,13 @@ def every_configuration() -> set[KernelConfig]:
 
 
 def to_gpu(x: np.ndarray) -> Any:
-    """Move the bits, which takes no kernel of CuPy's."""
+    """Move the bits, which takes no kernel of CuPy's; they are there for every stream."""
     import cupy
 
-    return cupy.asarray(x.view(f"u{x.itemsize}")).view(x.dtype)
+    moved = cupy.asarray(x.view(f"u{x.itemsize}")).view(x.dtype)
+    # The copy is asynchronous, and streams that don't block would not wait for it.
+    cupy.cuda.get_current_stream().synchronize()
+    return moved
 
 
 def to_host(x: Any) -> np.ndarray:
