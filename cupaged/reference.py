@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cupaged.positions import alibi_slopes, rope_turns
 from cupaged.schedule import Launch, Schedule
-from cupaged.spec import AttentionSpec
+from cupaged.spec import DTYPES, AttentionSpec
 
 Array = npt.NDArray[Any]
 Float = npt.NDArray[np.float32]
@@ -93,6 +93,7 @@ class _Logits:
         slopes = alibi_slopes(spec.num_qo_heads) if variant.alibi else None
         self.slopes = None if slopes is None else slopes * np.float32(LOG2_E)
         self.turns = rope_turns(spec) if variant.rope else None
+        self.dtype = DTYPES[spec.dtype]
 
     def at(self, x: Array, position: Int) -> Float:
         """Queries or keys [num_kv_heads, rows, head_dim_qk] at their positions [rows]."""
@@ -104,8 +105,8 @@ class _Logits:
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         first, second = np.split(x.astype(np.float32), 2, axis=-1)
         rotated = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-        # The kernels rotate in shared memory, where elements have their dtype.
-        rounded: Float = rotated.astype(x.dtype).astype(np.float32)
+        # The kernels multiply rotated elements of q's dtype.
+        rounded: Float = rotated.astype(self.dtype).astype(np.float32)
         return rounded
 
     def of(self, products: Float, heads: Int, distance: Int) -> Float:

@@ -13,7 +13,6 @@ FAMILIES: tuple[Family, ...] = ("reference", "prefill_sm80", "prefill_sm90")
 
 _ALL: frozenset[Family] = frozenset(FAMILIES)
 _BUT_SM90: frozenset[Family] = frozenset(("reference", "prefill_sm80"))
-_NONE: frozenset[Family] = frozenset()
 
 
 class Feature(NamedTuple):
@@ -53,11 +52,6 @@ FEATURES = (
         "float8 K and V (`e4m3fn`, `e5m2`)",
         lambda needs: needs.kv_dtype in FLOAT8_DTYPES,
         _BUT_SM90,
-    ),
-    Feature(
-        '`pos_encoding_mode="ROPE_LLAMA"` over float8 K and V',
-        lambda needs: needs.variant.rope and needs.kv_dtype in FLOAT8_DTYPES,
-        _NONE,
     ),
 )
 

@@ -94,6 +94,13 @@ _ROOMY = {
     (name, _D128, "long"): _Tile(128, 32, 8, 1, 3, 1) for name in ("large", "medium", "small")
 }
 
+#: In the place of others where 8-bit keys are rotated, which is done in registers: 16 rows a warp.
+_ROTATED = {
+    (name, dims, "long"): tile
+    for name in ("large", "medium", "small")
+    for dims, tile in ((_D64, _Tile(128, 64, 8, 1, 2, 1)), (_D128, _Tile(128, 32, 8, 1, 3, 1)))
+}
+
 #: In the place of sm90's "long" at head_dim 128 where keys are copied row by row, which takes the
 #: longer the smaller the tile is.
 _ROW_BY_ROW = _Tile(192, 80, 12, 1, 6, 1, "prefill_sm90", 2)
@@ -135,6 +142,8 @@ def _tile(arch: int, needs: Needs, shape: Shape) -> _Tile:
                 tile = _CAPPED.get((name, head_dims, candidate), tile)
             if _does_more(arch, needs):
                 tile = _ROOMY.get((name, head_dims, candidate), tile)
+            if needs.variant.rope and needs.kv_dtype in FLOAT8_DTYPES:
+                tile = _ROTATED.get((name, head_dims, candidate), tile)
             if tile is not None:
                 # Half the bytes: twice the stages are under way, which hides as much latency. Rows
                 # of 64 elements have as many, see `padded_row_bytes`.

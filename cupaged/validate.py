@@ -20,6 +20,7 @@ from cupaged.spec import (
 
 _MAX_INT = 2**30
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_MIN_FLOAT32 = float(np.finfo(np.float32).tiny)
 
 
 def positive_int(value: object, name: str) -> int:
@@ -186,11 +187,6 @@ def _attention_spec(
             (features.rope_theta, "rope_theta", 1e4),
         )
     )
-    if mode == "ROPE_LLAMA" and kv_dtype in FLOAT8_DTYPES:
-        raise NotImplementedError(
-            f"pos_encoding_mode='ROPE_LLAMA' with kv_data_type = {kv_dtype} is not served by any "
-            "backend"
-        )
     soft_cap = 0.0
     if features.logits_soft_cap is not None:
         soft_cap = scale(features.logits_soft_cap, "logits_soft_cap")
@@ -273,10 +269,13 @@ def window_left(value: object) -> int:
 def _positive(value: object, name: str, mode: str) -> float:
     """A factor of the rotation, which means nothing without it."""
     if mode != "ROPE_LLAMA":
-        raise ValueError(f"{name} = {value} with pos_encoding_mode={mode!r}, expected 'ROPE_LLAMA'")
+        shown = f"= {value}" if isinstance(value, (int, float, np.number)) else f"is {what(value)}"
+        raise ValueError(f"{name} {shown} with pos_encoding_mode={mode!r}, expected 'ROPE_LLAMA'")
     number = scale(value, name)
     if number <= 0:
         raise ValueError(f"{name} = {number}, expected more than 0")
+    if number < _MIN_FLOAT32:
+        raise ValueError(f"{name} = {number}, expected at least {_MIN_FLOAT32:.4g}")
     return number
 
 

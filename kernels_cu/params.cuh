@@ -4,6 +4,11 @@
 #include "elements.cuh"
 #include "item.cuh"
 
+// By how much of a turn, in units of 2^-64, a position rotates two neighbouring elements.
+struct alignas(16) Turns {
+    u64 of[2];
+};
+
 // Strides are in elements, and may be any; the last axis of every tensor is contiguous.
 struct Params {
     const u16* q;        // [nnz_qo, num_qo_heads, HEAD_DIM_QK]
@@ -27,7 +32,7 @@ struct Params {
     const u8* mask_bits;        // of each request [qo_len * kv_len] bits, the lowest of a byte first
     const int* mask_begin;      // [batch]: byte of mask_bits that a request's begin at
     const float* alibi_slopes;  // [num_qo_heads], times log2(e)
-    const u64* rope_turns;      // [HEAD_DIM_QK / 2]: 2^-64 of a turn, for each position
+    const Turns* rope_turns;    // [HEAD_DIM_QK / 4]
     int num_items;              // -1: work_counters has it
     int num_kv_heads, gqa_group_size, page_size, causal, window_left;
     u32 group_magic, group_shift;  // division by gqa_group_size

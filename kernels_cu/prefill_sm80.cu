@@ -9,7 +9,6 @@
 #include "fragments.cuh"
 #include "kv_loader.cuh"
 #include "results.cuh"
-#include "rope.cuh"
 #include "softmax.cuh"
 
 constexpr int WARP_KV = CTA_TILE_KV / WARPS_KV;  // keys of a tile that a warp works on
@@ -43,24 +42,24 @@ __device__ __forceinline__ void load_q(const RowMap& rows, u32 q_tile, int warp,
     }
 }
 
-// s = Q . K^T. q and k are this lane's fragment addresses of the warp's rows and keys.
-__device__ __forceinline__ void multiply_qk(Logits& s, u32 q, u32 k) {
+// s = Q . K^T. q is this lane's fragment address of the warp's rows.
+__device__ __forceinline__ void multiply_qk(Logits& s, u32 q, const Keys& keys) {
 #pragma unroll
     for (int i = 0; i < MMA_Q; ++i)
 #pragma unroll
         for (int n = 0; n < WARP_KV / 8; ++n)
 #pragma unroll
             for (int c = 0; c < 4; ++c) s[i][n][c] = 0.0f;
-#pragma unroll
+#pragma unroll KFragment::UNROLL
     for (int d = 0; d < HEAD_DIM_QK / 16; d += KFragment::STEPS) {
         Pair a[KFragment::STEPS][MMA_Q][4];
 #pragma unroll
         for (int step = 0; step < KFragment::STEPS; ++step)
 #pragma unroll
-            for (int i = 0; i < MMA_Q; ++i) load_q_fragment(a[step][i], q, i, d + step);
+            for (int i = 0; i < MMA_Q; ++i) load_q_fragment(a[step][i], q, i, KFragment::block(d, step));
 #pragma unroll
         for (int n = 0; n < WARP_KV / 16; ++n) {
-            const KFragment b(k, n, d);
+            const KFragment b(keys, n, d);
 #pragma unroll
             for (int step = 0; step < KFragment::STEPS; ++step)
 #pragma unroll
@@ -125,7 +124,7 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
     }
 
     const u32 q_fragment = q_tile + first_row * Q_ROW_BYTES + q_fragment_offset(lane);
-    const u32 k_fragment = stages + warp_kv * WARP_KV * K_ROW_BYTES + KRows::chunks_first(lane);
+    const u32 k_fragment = stages + warp_kv * WARP_KV * K_ROW_BYTES + k_fragment_offset(lane);
     const u32 v_fragment =
         stages + TILE_K_BYTES + warp_kv * WARP_KV * V_ROW_BYTES + VRows::rows_first(lane);
 
@@ -139,8 +138,10 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
                 rotate_rows<QRows>(
                     p, shared, warp * Q_ROWS_PER_WARP, Q_ROWS_PER_WARP, lane,
                     [&](int row) { return visible.position(rows.query(row)); });
-            rotate_rows<KRows>(p, shared + TILE_Q_BYTES + stage, warp * ROWS_PER_WARP,
-                               ROWS_PER_WARP, lane, [&](int row) { return begin + row; });
+            // 8-bit keys are rotated as they are widened, see fragments.cuh.
+            if (!CUPAGED_KV_FLOAT8)
+                rotate_rows<KRows>(p, shared + TILE_Q_BYTES + stage, warp * ROWS_PER_WARP,
+                                   ROWS_PER_WARP, lane, [&](int row) { return begin + row; });
         }
         // This tile has landed for every warp that reads it, and every such warp is done with the
         // tile before, whose stage the next copies overwrite. Warps that divide the keys copy just
@@ -166,7 +167,7 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
             visible.none(rows.query(first_row), rows.query(last_row), first_key, end_key))
             continue;
         Logits s;
-        multiply_qk(s, q_fragment, k);
+        multiply_qk(s, q_fragment, Keys{p, k, first_key, lane});
         transform(s, visible, rows, first_row, first_key, lane);
         if (!all_visible) visible.mask(s, rows, seen, first_row, first_key, lane);
         float factor[MMA_Q][2];

@@ -115,6 +115,14 @@ __device__ __forceinline__ void load_8(Pair& first, Pair& second, u32 shared) {
                  : "memory");
 }
 
+// 16 bytes of global memory, read where it says so: neither sooner nor kept for the next time.
+__device__ __forceinline__ void load_now(u64 (&x)[2], const void* address) {
+    asm volatile("ld.relaxed.cta.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(x[0]), "=l"(x[1])
+                 : "l"(address)
+                 : "memory");
+}
+
 // Sine and cosine of an angle in -pi..pi, within about 2^-20 of the exact value.
 __device__ __forceinline__ float sin_approx(float x) {
     float y;

@@ -1,11 +1,11 @@
 // Rotary position embedding (Su et al. 2021, "RoFormer"), LLaMA's way round: element d of a row
-// turns with element d + HEAD_DIM_QK / 2. Rows are rotated where they lie in shared memory.
+// turns with element d + HEAD_DIM_QK / 2. Rows of 16-bit elements are rotated where they lie in shared
+// memory.
 #pragma once
 #include "params.cuh"
 #include "tile.cuh"
 
 constexpr int ROPE_CHUNKS = Q_CHUNKS / 2;  // of the first elements; the second's follow
-static_assert(!CUPAGED_ROPE || sizeof(KvElement) == 2, "rotated elements go back to their place");
 
 #if CUPAGED_BFLOAT16
 #define unpack_element unpack_bf16
@@ -15,12 +15,12 @@ static_assert(!CUPAGED_ROPE || sizeof(KvElement) == 2, "rotated elements go back
 
 // Turns two pairs of elements, the first ones and the second ones, of a row at `position`. `turns`
 // are those of the first: by 2^-64 of a turn for each position, which wrap as angles do.
-__device__ __forceinline__ void rotate_pairs(Pair& first, Pair& second, const u64* turns,
+__device__ __forceinline__ void rotate_pairs(Pair& first, Pair& second, const Turns& turns,
                                              int position) {
     float rotated[2][2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-        const u64 turned = turns[c] * static_cast<u64>(static_cast<i64>(position));
+        const u64 turned = turns.of[c] * static_cast<u64>(static_cast<i64>(position));
         const float angle = static_cast<int>(turned >> 32) * 1.46291808e-9f;  // 2 pi / 2^32
         const float sine = sin_approx(angle), cosine = cos_approx(angle);
         const float x = unpack_element(static_cast<u16>(first >> 16 * c));
@@ -43,13 +43,13 @@ __device__ __forceinline__ void rotate_rows(const Params& p, char* tile, int fir
         const int chunk = i % ROPE_CHUNKS;
         Chunk& low = *reinterpret_cast<Chunk*>(tile + R::offset(row, chunk));
         Chunk& high = *reinterpret_cast<Chunk*>(tile + R::offset(row, chunk + ROPE_CHUNKS));
-        const u64* const turns = p.rope_turns + chunk * 8;
+        const Turns* const turns = p.rope_turns + chunk * 4;
         const int at = position(row);
         Chunk first = low, second = high;
-        rotate_pairs(first.x, second.x, turns, at);
-        rotate_pairs(first.y, second.y, turns + 2, at);
-        rotate_pairs(first.z, second.z, turns + 4, at);
-        rotate_pairs(first.w, second.w, turns + 6, at);
+        rotate_pairs(first.x, second.x, turns[0], at);
+        rotate_pairs(first.y, second.y, turns[1], at);
+        rotate_pairs(first.z, second.z, turns[2], at);
+        rotate_pairs(first.w, second.w, turns[3], at);
         low = first;
         high = second;
     }

@@ -110,12 +110,11 @@ def _with_variants(draw: st.DrawFn, call: Call, max_kv: int, decoding: bool) -> 
     )
     mode = draw(st.sampled_from(["NONE", "NONE", "ALIBI", "ROPE_LLAMA"]))
     factor = sometimes(st.floats(0.25, 64.0))
-    # The rotation of float8 keys is not served.
     float8 = draw(sometimes(st.sampled_from(list(batches.FLOAT8_DTYPES))))
     options: dict[str, Any] = {
         "head_dim": head_dim,
         "head_dim_vo": head_dim_vo,
-        "kv_dtype": None if mode == "ROPE_LLAMA" else float8,
+        "kv_dtype": float8,
     }
     if head_dim != head_dim_vo and call.build_options["cache_form"] == "stacked":
         options["cache_form"] = "strided"

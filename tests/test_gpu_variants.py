@@ -202,6 +202,28 @@ def test_float8(
         check(batch, formula, **options)
 
 
+@pytest.mark.parametrize("kv_dtype", FLOAT8_DTYPES)
+@pytest.mark.parametrize("head_dims", SERVED_HEAD_DIMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotated_float8(
+    cp: Any, rng: np.random.Generator, dtype: str, head_dims: tuple[int, int], kv_dtype: str
+) -> None:
+    head_dim, head_dim_vo = head_dims
+    batch = mixed(
+        rng, head_dim=head_dim, head_dim_vo=head_dim_vo, dtype=dtype, kv_dtype=kv_dtype,
+        page_size=int(rng.choice([16, 5])), cache_form="tuple",
+    )  # fmt: skip
+    formula = Formula(
+        causal=True, pos_encoding_mode="ROPE_LLAMA", rope_scale=2.0, k_scale=0.7, v_scale=1.3
+    )
+    for options in SPLITS:
+        check(batch, formula, **options)
+    masked = replace(
+        formula, custom_mask=masks_of(rng, batch), window_left=150, logits_soft_cap=9.0
+    )
+    check(batch, masked)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float8_widened_by_arithmetic(
     cp: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str
@@ -291,8 +313,5 @@ def test_hidden_tiles_are_not_read(rng: np.random.Generator, family: str) -> Non
 
 def test_a_plan_is_refused_before_anything_is_launched(cp: Any) -> None:
     wrapper = cupaged.BatchPrefillWithPagedKVCacheWrapper(backend="cuda")
-    with pytest.raises(NotImplementedError, match=r"ROPE_LLAMA.*float8"):
-        wrapper.plan(
-            [0, 1], [0, 1], [0], [3], 1, 1, 64, 16, pos_encoding_mode="ROPE_LLAMA",
-            kv_data_type="float8_e4m3fn",
-        )  # fmt: skip
+    with pytest.raises(NotImplementedError, match="head_dim_qk = 80"):
+        wrapper.plan([0, 1], [0, 1], [0], [3], 1, 1, 80, 16)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from oracle import Formula
 from processes import run_python
 from ragged_calls import FORMS, kv_rows
-from small_call import SPEAKS_DLPACK, check_error
+from small_call import SERVED, SPEAKS_DLPACK, check_error
 
 import cupaged
 from cupaged import (
@@ -109,8 +109,7 @@ def test_random_prefill_equals_the_formula(
 ) -> None:
     rng = np.random.default_rng(seed)
     qo_len, kv_len, causal, with_sinks = call
-    if options["pos_encoding_mode"] != "ROPE_LLAMA":
-        shape["kv_dtype"] = float8
+    shape["kv_dtype"] = float8
     arrays, plain = tensors(rng, qo_len, kv_len, **shape)
     mask = None if masked is None else strategies.random_mask(rng, masked, qo_len, kv_len)
     sinks = rng.normal(0, 2, shape["heads"][0]).astype(np.float32) if with_sinks else None
@@ -142,8 +141,7 @@ def test_random_decoding_equals_the_formula(
 ) -> None:
     rng = np.random.default_rng(seed)
     kv_len, with_sinks, q_scale = call
-    if options["pos_encoding_mode"] != "ROPE_LLAMA":
-        shape["kv_dtype"] = float8
+    shape["kv_dtype"] = float8
     (q, k, v), plain = tensors(rng, 1, kv_len, **shape)
     sinks = rng.normal(0, 2, shape["heads"][0]).astype(np.float32) if with_sinks else None
     own = {"sinks": sinks, "q_scale": q_scale}
@@ -338,8 +336,10 @@ PREFILL_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"o_dtype": "float32"},
         NotImplementedError,
-        "o_data_type = float32 differs from q_data_type = float16, which no backend serves",
+        "o_dtype = float32 differs from that of q, float16, which no backend serves",
     ),
+    ({"o_dtype": np.zeros((2, 2))}, TypeError, f"o_dtype is a ndarray, {SERVED}"),
+    ({"backend": np.zeros(2)}, TypeError, f"backend is a ndarray, {BACKENDS}"),
     (
         {"custom_mask": np.ones((9, 21), np.bool_)},
         ValueError,

@@ -45,16 +45,17 @@ def test_the_kernels_are_those_of_the_table(arch: int) -> None:
             assert family == ("prefill_sm90" if best else "prefill_sm80"), needs
 
 
-def test_what_nobody_serves_is_refused_and_nothing_else() -> None:
-    refused = 0
+def test_all_features_go_together() -> None:
     for needs in NEEDS:
-        if any(support.serves(family, needs) for family in support.FAMILIES):
-            plan(needs)
-        else:
-            with pytest.raises(NotImplementedError):
-                plan(needs)
-            refused += 1
-    assert 0 < refused < len(NEEDS)
+        assert support.serves("reference", needs)
+        assert support.serves("prefill_sm80", needs)
+        plan(needs)
+
+
+@pytest.mark.parametrize("head_dims", [(80, 80), (192, 192), (128, 192), (512, 512)])
+def test_head_dims_that_no_row_has_are_refused(head_dims: tuple[int, int]) -> None:
+    with pytest.raises(NotImplementedError):
+        plan(Needs("float16", "float16", *head_dims, 16))
 
 
 def test_every_head_dim_has_a_row() -> None:

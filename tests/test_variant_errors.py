@@ -58,6 +58,16 @@ FEATURE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "rope_scale = 0.0, expected more than 0",
     ),
     (
+        {"rope_scale": 1e-310, "pos_encoding_mode": "ROPE_LLAMA"},
+        ValueError,
+        "rope_scale = 1e-310, expected at least 1.175e-38",
+    ),
+    (
+        {"rope_theta": np.ones((3, 40))},
+        ValueError,
+        "rope_theta is a ndarray with pos_encoding_mode='NONE', expected 'ROPE_LLAMA'",
+    ),
+    (
         {"rope_theta": -1.0, "pos_encoding_mode": "ROPE_LLAMA"},
         ValueError,
         "rope_theta = -1.0, expected more than 0",
@@ -68,15 +78,6 @@ FEATURE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "rope_theta is a str, expected a number",
     ),
     # Dtypes
-    *(
-        (
-            {"pos_encoding_mode": "ROPE_LLAMA", "kv_data_type": dtype},
-            NotImplementedError,
-            f"pos_encoding_mode='ROPE_LLAMA' with kv_data_type = {name} is not served by any "
-            "backend",
-        )
-        for dtype, name in ((E4M3, "float8_e4m3fn"), ("float8_e5m2", "float8_e5m2"))
-    ),
     (
         {"kv_data_type": "float32"},
         NotImplementedError,
@@ -315,6 +316,8 @@ def test_errors_of_forward() -> None:
     message = "rope_theta = 1.0 with pos_encoding_mode='NONE', expected 'ROPE_LLAMA'"
     check_error(ValueError, message, call, **arguments, rope_theta=1.0)
     check_error(TypeError, "causal is an int, expected a bool", call, **arguments, causal=1)
+    message = "pos_encoding_mode is a ndarray, expected one of 'NONE', 'ROPE_LLAMA', 'ALIBI'"
+    check_error(TypeError, message, call, **arguments, pos_encoding_mode=np.zeros((3, 3)))
     for kind in (Wrapper, Decode):
         check_error(RuntimeError, "run() before plan()", kind().forward, **arguments)
 

@@ -249,6 +249,16 @@ def test_rope(
         check(batch, Formula(causal, pos_encoding_mode="ROPE_LLAMA", **rope), **splits)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", batches.FLOAT8_DTYPES)
+def test_rope_of_float8_keys(rng: np.random.Generator, kv_dtype: str, dtype: str) -> None:
+    """Once rotated, they have q's dtype."""
+    batch = mixed(rng, dtype=dtype, kv_dtype=kv_dtype)
+    formula = Formula(True, pos_encoding_mode="ROPE_LLAMA", k_scale=0.5)
+    check(batch, formula)
+    check(batch, formula, fixed_split_size=2)
+
+
 def test_rope_takes_heads_of_keys_wider_than_those_of_values(rng: np.random.Generator) -> None:
     batch = mixed(rng, head_dim=192, head_dim_vo=128)
     check(batch, Formula(pos_encoding_mode="ROPE_LLAMA"))
