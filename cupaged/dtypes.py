@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from cupaged.spec import DTYPES
+from cupaged.validate import what
 
 #: NumPy dtype → name, as attribute of `torch`
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -33,7 +34,10 @@ def dtype_name(x: Any, argument: str) -> str:
     """
     name = _dtype_name(x)
     if name is None:
-        raise TypeError(f"{argument} = {x!r}, expected one of {', '.join(DTYPES)}")
+        words = f"= {x!r}"
+        if "\n" in words:  # an array's
+            words = f"is {what(x)}"
+        raise TypeError(f"{argument} {words}, expected one of {', '.join(DTYPES)}")
     return name
 
 

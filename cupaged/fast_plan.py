@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cupaged import arrays, validate_lengths
 from cupaged.decode import BatchDecodeWithPagedKVCacheWrapper
 
 
@@ -59,10 +60,12 @@ rope_theta, non_blocking, fixed_split_size, disable_split_kv, q_len_per_req
     CupagedWarning
         As `plan()` does.
     """
+    if global_override_indptr_cpu is not None:
+        indptr, name = global_override_indptr_cpu, "global_override_indptr_cpu"
+        validate_lengths.check_indptr(arrays.import_index(indptr, name), name)
     type(self).plan(
         self,
-        indptr if global_override_indptr_cpu is None else global_override_indptr_cpu,
-        *(indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size),
+        *(indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size),
         pos_encoding_mode=pos_encoding_mode,
         window_left=window_left,
         logits_soft_cap=logits_soft_cap,

@@ -264,6 +264,8 @@ def flash_attn_with_kvcache(
         *(queries.shape[:3], keys.shape[:2], seqlen, seqlen_new, flat, window)
     )
     device = validate_run.one_device(queries, keys, values, ("k_cache", "v_cache"))
+    if new is not None:
+        validate_run.own_memory(keys, values, ("k_cache", "v_cache"))
     current, stream = arrays.on_stream_of(q, device)
     with current:
         plan = door.planned(

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from cupaged import append, append_cuda, arrays, streams, validate, validate_page
+from cupaged import append, append_cuda, arrays, streams, validate, validate_page, validate_run
 from cupaged.append import Indices
 from cupaged.devices import cupy, is_recorded
 from cupaged.opaque import opaque
@@ -54,7 +54,8 @@ def append_paged_kv_cache(
         `(k, v)`, each `[num_pages, page_size, num_kv_heads, head_dim]` (NHD) or
         `[num_pages, num_kv_heads, page_size, head_dim]` (HND); or both in one array with an
         axis of size 2 behind the first, `[num_pages, 2, ...]`. Any strides with a contiguous last
-        axis. Its framework's stream is the one that is worked on.
+        axis, and a place of its own for each element. Its framework's stream is the one that is
+        worked on.
     kv_indices : int array [>= kv_indptr[-1]]
         Page numbers.
     kv_indptr : int array [batch + 1]
@@ -101,6 +102,10 @@ def append_paged_kv_cache(
     device = arrays.device_id(k)
     tensors = ((k_name, k), ("v cache", v), ("append_key", key), ("append_value", value))
     validate_page.elements(tensors, device)
+    if isinstance(caches, tuple):
+        validate_run.own_memory(k, v)
+    elif 0 in caches.strides:
+        validate_run.own_elements(caches, k_name)
     given = Indices(batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
     indices, on_device = _import_indices(given, home, device)
     validate_page.index_shapes(len(key), *indices)
@@ -154,7 +159,7 @@ def get_batch_indices_positions(
     nnz : int
         Entries of the results, at least `append_indptr[-1]`.
     batch_indices, positions : int32 array [nnz], optional
-        Where the results go, contiguous; new arrays where not given.
+        Where the results go, contiguous and apart; new arrays where not given.
 
     Returns
     -------
@@ -184,6 +189,9 @@ def get_batch_indices_positions(
         _import_target(x, name, nnz)
         for name, x in (("batch_indices", batch_indices), ("positions", positions))
     ]
+    one, other = targets
+    if one is not None and other is not None and arrays.device_id(one) == arrays.device_id(other):
+        validate_run.own_memory(one, other, ("batch_indices", "positions"))
     total = int(begins[-1])
     requests = np.full(nnz, -1, np.int32)
     requests[:total] = np.arange(len(counts), dtype=np.int32).repeat(counts)

@@ -121,6 +121,14 @@ def wrap(caches: Any, spec: AttentionSpec, num_pages: int, num_layers: int) -> P
                 f"caches[{i // 2}]: {'kv'[i % 2]} cache is on {validate_run.place(found)}, "
                 f"expected {validate_run.place(device)} as the k cache of layer 0 is"
             )
+    first: dict[int, int] = {}  # whose memory begins at an address
+    for i, pages in enumerate(by_page):
+        other = first.setdefault(validate_run.address(pages), i)
+        if other != i:
+            raise ValueError(
+                f"caches[{i // 2}]: {'kv'[i % 2]} cache and the {'kv'[other % 2]} cache of layer "
+                f"{other // 2} share memory, expected elements of their own"
+            )
     return PageArrays(layers, by_page, device)
 
 
@@ -140,6 +148,8 @@ def _imported(given: Any, spec: AttentionSpec, num_pages: int) -> Layer:
     k, v, found = validate_run.cache(imported, spec)
     if found != num_pages:
         raise ValueError(f"k cache holds {found} pages, expected {num_pages} = num_pages")
+    if arrays.device_id(k) == arrays.device_id(v):  # else that is yet to be said
+        validate_run.own_memory(k, v)
     return k, v
 
 

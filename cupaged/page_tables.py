@@ -84,7 +84,7 @@ class Step:
 
     Parameters
     ----------
-    ids : list of hashable
+    ids : tuple of hashable
     requests : list of Request
         None of them twice.
     page_size : int
@@ -97,8 +97,8 @@ class Step:
     plan_args : PlanArgs
     """
 
-    def __init__(self, ids: list[Hashable], requests: list[Request], page_size: int) -> None:
-        self.ids = ids
+    def __init__(self, ids: tuple[Hashable, ...], requests: list[Request], page_size: int) -> None:
+        self.ids, self.hash = ids, hash(ids)
         self.requests = requests
         self.batch_indices = batch_indices(requests)
         self.positions = positions(requests)

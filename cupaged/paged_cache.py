@@ -37,7 +37,7 @@ class PagedKVCache(RequestBook):
     caches : list of (array, array), optional
         The caller's own arrays instead: `(k, v)` of each layer, or both in one array
         `[num_pages, 2, ...]`. Of CuPy, PyTorch or NumPy, of any strides with a contiguous last
-        axis. They are written in place.
+        axis, and apart. They are written in place.
 
     Attributes
     ----------
@@ -318,8 +318,13 @@ class PagedKVCache(RequestBook):
 
     def _step_of(self, requests: Iterable[Hashable]) -> Step:
         """The step of these requests: the present one, where the last call was for the same."""
-        ids, step = validate_cache.ids(requests), self._step
-        if step is None or step.ids != ids:
+        ids, step = tuple(validate_cache.ids(requests)), self._step
+        try:
+            # The hash first: what is no id has none, and may not be comparable either.
+            same = step is not None and (step.hash, step.ids) == (hash(ids), ids)
+        except TypeError:
+            same = False
+        if step is None or not same:
             found = self._find(ids)
             validate_cache.once(found, "append()")
             self._end_step()

@@ -85,7 +85,7 @@ class PlannedAttention:
         workspace = None
         if float_workspace_buffer is not None:
             workspace = arrays.import_tensor(float_workspace_buffer, "float_workspace_buffer")
-            validate_run.workspace(workspace)
+            validate_run.workspace(workspace, float_workspace_buffer)
         if self._graph is not None:
             self._graph.let_go()
         self._workspace = workspace

@@ -6,6 +6,7 @@ from typing import Any
 
 from cupaged import schedule, validate, validate_run
 from cupaged.backend import Plan
+from cupaged.spec import POS_ENCODING_MODES
 
 #: Of `AttentionSpec`, what `forward()` may name beside causality and positions.
 _FEATURES = ("sm_scale", "window_left", "logits_soft_cap")
@@ -46,6 +47,7 @@ def replan(
     old = planned.spec
     if mode is None:
         mode = old.pos_encoding_mode
+    validate.choice(mode, "pos_encoding_mode", POS_ENCODING_MODES)  # before it is compared
     kept = _FEATURES + (_OF_ROPE if mode == old.pos_encoding_mode == "ROPE_LLAMA" else ())
     values = {name: getattr(old, name) for name in kept} | given
     spec = validate.attention_spec(

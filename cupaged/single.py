@@ -244,7 +244,6 @@ def _attend(
             *geometry,
             q_data_type=dtypes[0],
             kv_data_type=dtypes[1],
-            o_data_type=o_dtype,
             causal=causal,
             **options,
             given=(q,),
@@ -255,11 +254,17 @@ def _attend(
         assert wrapper._plan is not None
         lengths = wrapper._plan.lengths
         validate_lengths.warn_of_too_few_keys(spec, lengths, SINGLE_NAMES)
-    rows = q if len(axes) == 2 else q.reshape((1, *q.shape))
+    rows = q if len(axes) == 2 else _one_row(q)
     result = wrapper.run(rows, k, v, **run_options)
     if kept is None and not spec.custom_mask:
         single_plans.keep(call, place, wrapper)
     return result
+
+
+def _one_row(q: Any) -> Any:
+    """The queries of one token with an axis for it; what can't be reshaped is imported."""
+    array = q if hasattr(q, "reshape") else arrays.import_tensor(q, "q")
+    return array.reshape((1, *array.shape))
 
 
 def _spec(
@@ -279,10 +284,13 @@ def _spec(
 ) -> AttentionSpec:
     """What a plan will be of, checked as `_plan_rows()` does: equal ones are served by one plan."""
     masked = custom_mask is not None or packed_custom_mask is not None
-    out = dtypes[0] if o_dtype is None else arrays.dtype_name(o_dtype, "o_data_type")
+    if o_dtype is not None and (out := arrays.dtype_name(o_dtype, "o_dtype")) != dtypes[0]:
+        raise NotImplementedError(
+            f"o_dtype = {out} differs from that of q, {dtypes[0]}, which no backend serves"
+        )
     return validate.attention_spec(
         *(*geometry, RAGGED, causal, sm_scale),
-        (*dtypes, out),
+        (*dtypes, dtypes[0]),
         "NHD",
         SINGLE_NAMES.head_dim,
         validate.Features(
@@ -293,7 +301,8 @@ def _spec(
 
 def _wrapper(q: Any, kv_layout: str, backend: str) -> single_plans.SingleRequestWrapper:
     """A wrapper that plans for where q is."""
-    if backend == "auto" and arrays.device_id(arrays.import_tensor(q, "q")) is None:
+    auto = isinstance(backend, str) and backend == "auto"
+    if auto and arrays.device_id(arrays.import_tensor(q, "q")) is None:
         backend = "reference"
     return single_plans.SingleRequestWrapper(kv_layout=kv_layout, backend=backend)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from cupaged import unserved, validate
 from cupaged.planned_attention import dtype_names
@@ -142,3 +142,15 @@ paged_kv_indices_buf, paged_kv_last_page_len_buf, custom_mask_buf, mask_indptr_b
                 q_scale = factor * given / planned
         options["sinks"] = sink
         return super().run(q, paged_kv_cache, q_scale=q_scale, **options)
+
+    def forward(self, *args: Any, **options: Any) -> NoReturn:
+        """Refused: FlashInfer's `forward()` has no argument for the sinks.
+
+        Raises
+        ------
+        NotImplementedError
+        """
+        raise NotImplementedError(
+            "forward() has no sink: call run(q, paged_kv_cache, sink), and give other features to "
+            "plan()"
+        )

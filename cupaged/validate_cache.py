@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,14 @@ from cupaged.validate import what
 
 def ids(requests: Any) -> list[Hashable]:
     """Ids of requests as a list; a single one is refused, since a str can be iterated over too."""
-    if isinstance(requests, str | bytes) or not isinstance(requests, Iterable):
+    try:
+        # An array without an axis is Iterable, and can't be iterated over.
+        each = None if isinstance(requests, str | bytes) else iter(requests)
+    except TypeError:
+        each = None
+    if each is None:
         raise TypeError(f"requests is {what(requests)}, expected a list of requests")
-    return list(requests)
+    return list(each)
 
 
 def unhashable(request: object, name: str) -> TypeError:
@@ -82,9 +87,10 @@ def fill(value: object) -> int:
 
 def rows(x: Any, name: str, step: Step, num_kv_heads: int, head_dim: int) -> None:
     """Check the shape of new keys or values; what has none is no array, and is refused later."""
-    shape = tuple(getattr(x, "shape", ()))
-    if not shape or shape == (step.rows, num_kv_heads, head_dim):
+    shape = getattr(x, "shape", ())
+    if not isinstance(shape, tuple) or not shape or shape == (step.rows, num_kv_heads, head_dim):
         return
+    shape = tuple(shape)  # which PyTorch's writes in another way
     if len(shape) != 3 or shape[1:] != (num_kv_heads, head_dim):
         raise ValueError(
             f"{name} has shape {shape}, expected ({step.rows}, num_kv_heads={num_kv_heads}, "

@@ -13,7 +13,7 @@ from cupaged import arrays, validate_lengths
 from cupaged.schedule import Lengths
 from cupaged.spec import AttentionSpec
 from cupaged.validate import what
-from cupaged.validate_lengths import PREFILL_NAMES, and_others, count_entries
+from cupaged.validate_lengths import PREFILL_NAMES, and_others, any_repeats, count_entries
 
 IntArray = npt.NDArray[np.int32]
 
@@ -159,9 +159,7 @@ def mistakes(levels: Sequence[Level], causal: bool) -> list[str]:
             )
     # The cheap question first: does any page occur twice at all?
     pages = np.concatenate([level.page_indices for level in levels])
-    seen = np.zeros(int(pages.max(initial=-1)) + 1, np.bool_)
-    seen[pages] = True
-    if np.count_nonzero(seen) < len(pages):
+    if any_repeats(pages, int(pages.max(initial=-1))):
         for number in range(len(levels)):
             for above in range(number + 1):
                 found += _repeated(levels, above, number)

@@ -22,6 +22,8 @@ _INT32 = np.dtype(np.int32)
 _INT32_MAX = 2**31 - 1
 _UNSIGNED = {_INT32: np.uint32, np.dtype(np.int64): np.uint64}
 _BLOCK = 12288
+#: Where page numbers go further than that, sorting them takes less time, and far less memory.
+_FLAGS_PER_ENTRY = 256
 #: Packed rows and keys are counted in int32, the spare ones of the last tile or split too. More
 #: would not fit the memory of any GPU.
 _MAX_ROWS = _MAX_KEYS = 2**30
@@ -306,14 +308,11 @@ def warn_of_repeated_pages(lengths: Lengths, indices: IntArray, highest: int, na
     if len(indices) < 2:
         return
     # The cheap question first: does any page occur twice in the batch at all?
-    seen = np.zeros(highest + 1, np.bool_)
-    for begin in range(0, len(indices), _BLOCK):  # small enough to stay in the cache
-        seen[indices[begin : begin + _BLOCK].astype(np.intp)] = True
-    if np.count_nonzero(seen) == len(indices):
+    if not any_repeats(indices, highest):
         return
     pages = np.diff(lengths.paged_kv_indptr)
     request = np.arange(len(pages)).repeat(pages)
-    keys = request * len(seen) + indices
+    keys = request * (highest + 1) + indices
     order = np.argsort(keys, kind="stable")
     repeats = np.flatnonzero(np.diff(keys[order]) == 0)
     if len(repeats) == 0:
@@ -327,6 +326,17 @@ def warn_of_repeated_pages(lengths: Lengths, indices: IntArray, highest: int, na
         f"{again - begin}{and_others(others)}: its keys will be attended to twice. Was another "
         f"page meant in {names.indices}?"
     )
+
+
+def any_repeats(pages: IntArray, highest: int) -> bool:
+    """Whether a page number, of 0 to `highest`, is there more than once."""
+    if highest >= _FLAGS_PER_ENTRY * len(pages):
+        ascending = np.sort(pages)
+        return bool((ascending[1:] == ascending[:-1]).any())
+    seen = np.zeros(highest + 1, np.bool_)
+    for begin in range(0, len(pages), _BLOCK):  # small enough to stay in the cache
+        seen[pages[begin : begin + _BLOCK].astype(np.intp)] = True
+    return bool(np.count_nonzero(seen) < len(pages))
 
 
 def _page(indices: HostIndex, i: int, lengths: Lengths, names: Names) -> str:

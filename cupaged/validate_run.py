@@ -198,6 +198,42 @@ def own_elements(array: Any, name: str, why: str = "") -> None:
             )
 
 
+def own_memory(first: Any, second: Any, names: tuple[str, str] = ("k cache", "v cache")) -> None:
+    """Refuse two arrays on one device that are to be written, where elements share a place."""
+    for array, name in zip((first, second), names, strict=True):
+        if 0 in array.strides:
+            own_elements(array, name)
+    if _share_memory(first, second):
+        raise ValueError(f"{names[0]} and {names[1]} share memory, expected elements of their own")
+
+
+def _share_memory(first: Any, second: Any) -> bool:
+    """Whether an array begins where the other does, or further along one of its axes.
+
+    K and V that lie in between each other don't. Not every shared element is found in this way.
+    """
+    if not first.size or not second.size:
+        return False
+    if isinstance(first, np.ndarray) and not np.may_share_memory(first, second):
+        return False  # which takes less time than NumPy's addresses
+    offset = address(second) - address(first)
+    return not offset or _begins_along(first, offset) or _begins_along(second, -offset)
+
+
+def _begins_along(array: Any, offset: int) -> bool:
+    """Whether an element along one of the axes is so many bytes behind the first one."""
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        if stride and not offset % stride and 0 <= offset // stride < length:
+            return True
+    return False
+
+
+def address(array: Any) -> int:
+    """Where an imported array's first element is."""
+    begin: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return begin
+
+
 def one_device(
     q: Any, k: Any, v: Any, names: tuple[str, str] = ("k cache", "v cache")
 ) -> int | None:
@@ -268,8 +304,14 @@ def place(device: int | None) -> str:
     return "the host" if device is None else f"cuda:{device}"
 
 
-def workspace(array: Any) -> None:
-    """Check a workspace: one contiguous piece of memory."""
+def workspace(array: Any, given: Any) -> None:
+    """Check a workspace, imported and as it was given: one piece of memory that can be written."""
+    if arrays.framework(given) == "jax":
+        raise TypeError(
+            "float_workspace_buffer is a JAX array, which is immutable: omit it, or give memory of "
+            "CuPy, PyTorch or NumPy"
+        )
+    arrays.writable(array, "float_workspace_buffer")
     if not array.flags.c_contiguous:
         raise ValueError("float_workspace_buffer is not contiguous, expected one piece of memory")
     if arrays.device_id(array) is not None and array.data.ptr % _WORKSPACE_ALIGNMENT:

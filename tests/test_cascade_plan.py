@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import tracemalloc
 import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from small_call import check_error, ints
+from small_call import INT_MAX, check_error, ints
 from small_cascade import Wrapper, of_level_1, plan_arguments, run_arguments
 
 import cupaged
@@ -64,6 +65,20 @@ WARNINGS: list[tuple[dict[str, Any], list[str]]] = [
         [],
     ),
 ]
+
+
+def test_high_page_numbers_take_no_more_memory() -> None:
+    wrapper = Wrapper(2, backend="reference")
+    wrapper.plan(**plan_arguments())  # whatever is loaded or kept at the first call
+    tracemalloc.start()
+    try:
+        with pytest.warns(cupaged.CupagedWarning, match=f"^level 1: request 1 has page {INT_MAX},"):
+            wrapper.plan(
+                **plan_arguments(paged_kv_indices_arr=[ints(0, INT_MAX), ints(2, INT_MAX, 4)])
+            )
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("changes", "messages"), WARNINGS)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from producers import BFLOAT16, Producer, rename_capsule
 
+import cupaged
 from cupaged import dlpack
 
 
@@ -160,3 +161,24 @@ def test_capsule_that_someone_else_consumed() -> None:
     del capsule
     gc.collect()
     assert producer.deleted == 0
+
+
+@pytest.mark.parametrize("version", [None, (1, 0)])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_bare_producers_serve_a_single_request(
+    version: tuple[int, int] | None, return_lse: bool, rng: np.random.Generator
+) -> None:
+    """They have nothing but their memory: no shape, and no way to be given another one."""
+    arrays = [rng.standard_normal(n).astype(np.float16) for n in ((4, 64), (9, 2, 64), (9, 2, 64))]
+    for call, shape in (
+        (cupaged.single_decode_with_kv_cache, (4, 64)),
+        (cupaged.single_prefill_with_kv_cache, (1, 4, 64)),
+    ):
+        arrays[0] = arrays[0].reshape(shape)
+        expected = call(*arrays, return_lse=return_lse)
+        found = call(*(Producer(x, 2, 16, version=version) for x in arrays), return_lse=return_lse)
+        if not return_lse:
+            expected, found = (expected,), (found,)
+        for x, y in zip(found, expected, strict=True):
+            assert x.shape == y.shape
+            assert x.tobytes() == y.tobytes()

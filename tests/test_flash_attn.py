@@ -306,19 +306,20 @@ def test_decoding_plans_once_a_step(
 ) -> None:
     """All layers of a step share a plan; lengths counted up in place make another."""
     q, new = (drawn(rng, (2, 1, 2, 64), "float16") for _ in range(2))
-    layers = [drawn(rng, (2, 16, 2, 64), "float16") for _ in range(3)]
+    layers = [drawn(rng, (2, 2, 16, 2, 64), "float16") for _ in range(3)]
     cache_seqlens = np.array([3, 7], np.int32)
     for step in range(1, 4):
-        for cache in layers:
+        for k_cache, v_cache in layers:
             out, lse = flash_attn_with_kvcache(
-                *(q, cache, cache, new, new),
+                *(q, k_cache, v_cache, new, -new),
                 cache_seqlens=cache_seqlens,
                 causal=True,
                 return_softmax_lse=True,
             )
             for b in range(2):
-                seen = cache[b, : cache_seqlens[b] + 1]
-                assert (seen[-1] == new[b, 0]).all()
-                check(out[b], lse[b], q[b], seen, seen, Options(), f"step {step}, request {b}")
+                k, v = (cache[b, : cache_seqlens[b] + 1] for cache in (k_cache, v_cache))
+                assert (k[-1] == new[b, 0]).all()
+                assert (v[-1] == -new[b, 0]).all()
+                check(out[b], lse[b], q[b], k, v, Options(), f"step {step}, request {b}")
         assert len(nothing_planned) == step
         cache_seqlens += 1

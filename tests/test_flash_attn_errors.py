@@ -244,6 +244,11 @@ def read_only(x: Array) -> Array:
             "v_cache is a read-only array, expected one that can be written",
         ),
         (
+            {"k": NEW, "v": NEW, "cache_seqlens": 1, "v_cache": CACHE["k_cache"]},
+            ValueError,
+            "k_cache and v_cache share memory, expected elements of their own",
+        ),
+        (
             {"k": NEW, "v": NEW, "cache_seqlens": 1, "q": CACHE["q"].repeat(2, -1)[..., ::2]},
             ValueError,
             "q has a stride of 2 elements on its last axis, expected 1: head_dim must be "

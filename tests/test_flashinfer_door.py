@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import Formula
-from small_call import check_error, pages, plan_arguments, run_arguments
+from small_call import SPEAKS_DLPACK, check_error, pages, plan_arguments, run_arguments
 
 import cupaged
 
@@ -125,6 +125,19 @@ def test_sink_errors(changes: dict[str, Any], error: type[Exception], message: s
     wrapper.plan(**plan_arguments(sm_scale=0.0))
     arguments = run_arguments(sink=np.zeros(4, np.float32)) | changes
     check_error(error, message, wrapper.run, **arguments)
+
+
+def test_forward_has_no_sink() -> None:
+    """FlashInfer's has no argument for it either."""
+    wrapper = Sink(**TOLD)
+    wrapper.plan(**plan_arguments())
+    message = (
+        "forward() has no sink: call run(q, paged_kv_cache, sink), and give other features to "
+        "plan()"
+    )
+    for call in (wrapper.forward, wrapper.forward_return_lse):
+        check_error(NotImplementedError, message, call, **run_arguments())
+        check_error(NotImplementedError, message, call, **run_arguments(), causal=True)
 
 
 def test_sink_of_fp16_accumulation() -> None:
@@ -264,3 +277,30 @@ def test_fast_plan_takes_what_plan_takes() -> None:
 def test_use_tensor_cores(told: bool) -> None:
     wrapper = decode_calls.Decode(use_tensor_cores=told, backend="reference")
     assert wrapper.use_tensor_cores is told
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        (3, TypeError, f"global_override_indptr_cpu is an int, {SPEAKS_DLPACK}"),
+        (
+            np.zeros(2),
+            TypeError,
+            "global_override_indptr_cpu has dtype float64, expected int32 or int64",
+        ),
+        ([1, 2], ValueError, "global_override_indptr_cpu[0] = 1, expected 0"),
+        (
+            [0, 2, 1],
+            ValueError,
+            "global_override_indptr_cpu[2] = 1 (end of request 1), expected at least 2 = "
+            "global_override_indptr_cpu[1]",
+        ),
+    ],
+)
+def test_fast_plan_names_what_it_reads(override: Any, error: type[Exception], message: str) -> None:
+    wrapper = decode_calls.Decode(backend="reference")
+    arguments = ([0, 1], [0], [1], 4, 2, 64, 16)
+    check_error(
+        *(error, message, cupaged.fast_decode_plan, wrapper, *arguments),
+        global_override_indptr_cpu=override,
+    )

@@ -271,3 +271,51 @@ def test_no_framework_is_imported() -> None:
     )
     done = run_python("-c", script)
     assert done.stdout.splitlines() == ["(array([1]), array([2])) [3]", "set()"], done.stderr
+
+
+@pytest.mark.parametrize("cache_form", ["tuple", "stacked"])
+def test_a_cache_with_one_place_for_many_tokens_is_refused(
+    rng: np.random.Generator, cache_form: str
+) -> None:
+    problem = build(rng, [20], [3], cache_form=cache_form)
+    pages, *others = (view.array for view in problem.cache_views)
+    strided = np.lib.stride_tricks.as_strided(pages, strides=(0, *pages.strides[1:]))
+    beside = np.lib.stride_tricks.as_strided(
+        pages, strides=(pages.strides[0], 0, *pages.strides[2:])
+    )
+    if others:
+        cases = [
+            ((pages, strided), "v cache has a stride of 0 on axis 0"),
+            ((beside, *others), "k cache has a stride of 0 on axis 1"),
+            ((pages, pages), "k cache and v cache share memory"),
+            ((pages[1:], pages[:-1]), "k cache and v cache share memory"),
+        ]
+    else:
+        cases = [
+            (strided, "paged_kv_cache has a stride of 0 on axis 0"),
+            (beside, "paged_kv_cache has a stride of 0 on axis 1"),
+        ]
+    before = [storage.copy() for storage in problem.storages]
+    for cache, words in cases:
+        with pytest.raises(ValueError) as raised:
+            append_paged_kv_cache(
+                *(problem.key_view.array, problem.value_view.array),
+                *(problem.batch_indices, problem.positions, cache),
+                *(problem.kv_indices, problem.kv_indptr, problem.kv_last_page_len),
+            )
+        assert str(raised.value) == f"{words}, expected elements of their own"
+    assert same_bits(problem.storages, before)
+
+
+@pytest.mark.parametrize("axis", range(5))
+def test_k_and_v_between_each_other(rng: np.random.Generator, axis: int) -> None:
+    """In one piece of memory: one behind the other, or by pages, by tokens, by heads, in heads."""
+    problem = build(rng, [90, 33, 20], [90, 2, 3], padding=1)
+    if axis < 4:
+        between = tuple(np.moveaxis(np.stack(problem.cache, axis), axis, 0))
+    else:
+        both = np.concatenate(problem.cache, axis=3)
+        between = both[..., :64], both[..., 64:]
+    replace(problem, cache_views=tuple(map(View, between))).append(append_paged_kv_cache)
+    check(problem)
+    assert same_bits(list(map(np.ascontiguousarray, between)), problem.storages)

@@ -203,6 +203,19 @@ def test_position_errors_and_nothing_is_written(
     assert (positions == 77).all()
 
 
+def test_results_that_would_share_memory() -> None:
+    given = np.full(16, 77, np.int32)
+    message = "batch_indices and positions share memory, expected elements of their own"
+    for first, second in ((0, 0), (0, 6), (3, 0)):
+        check_error(
+            *(ValueError, message, get_batch_indices_positions, [0, 2, 2, 5], [4, 9, 3], 7),
+            *(given[first : first + 7], given[second : second + 7]),
+        )
+    assert (given == 77).all()
+    found = get_batch_indices_positions([0, 2, 2, 5], [4, 9, 3], 7, given[:7], given[7:14])
+    assert [x.tolist() for x in found] == [[0, 0, 2, 2, 2, -1, -1], [2, 3, 0, 1, 2, 0, 0]]
+
+
 LENGTH_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"page_size": 0}, ValueError, "page_size = 0, expected at least 1"),
     ({"page_size": 16.0}, TypeError, "page_size is a float, expected an int"),

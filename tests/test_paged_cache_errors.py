@@ -73,6 +73,7 @@ def read_only() -> np.ndarray:
     return array
 
 
+A, B = pages(), pages()
 WORDS = "kv_layout='NHD' expects (num_pages, page_size=4, num_kv_heads=2, head_dim=4)"
 CONSTRUCTOR_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_pages": 0}, ValueError, "num_pages = 0, expected at least 1"),
@@ -151,6 +152,17 @@ CONSTRUCTOR_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "caches[0]: k cache has a stride of 2 elements on its last axis, expected 1: head_dim "
         "must be contiguous",
+    ),
+    (
+        {"caches": [(A, A)]},
+        ValueError,
+        "caches[0]: k cache and v cache share memory, expected elements of their own",
+    ),
+    (
+        {"caches": [(A, B), (pages(), A)], "num_layers": 2},
+        ValueError,
+        "caches[1]: v cache and the k cache of layer 0 share memory, expected elements of their "
+        "own",
     ),
 ]
 
@@ -283,6 +295,10 @@ CALL_ERRORS: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("append", (["x"], K, K, 0), ValueError, "request 'x' is not in the cache"),
     ("append", ("c", K, K, 1), TypeError, "requests is a str, expected a list of requests"),
     (
+        *("append", (np.array("c"), K, K, 1)),
+        *(TypeError, "requests is a ndarray, expected a list of requests"),
+    ),
+    (
         "append",
         (["c", "c"], K, K, 1),
         ValueError,
@@ -334,6 +350,7 @@ CALL_ERRORS: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
         TypeError,
         f"append_key is a list, {SPEAKS_DLPACK}",
     ),
+    ("append", (["c"], np.float16, K, 1), TypeError, f"append_key is a type, {SPEAKS_DLPACK}"),
 ]
 
 
@@ -367,3 +384,13 @@ def test_what_is_refused_changes_nothing(
     # And what is not yet appended still can be.
     cache.append(["c"], K, K, 1)
     cache.extend("c", 1)
+
+
+@pytest.mark.parametrize("odd", [np.zeros(2), np.zeros(1), np.array(0)])
+def test_arrays_are_no_ids_of_requests_at_later_layers_either(odd: np.ndarray) -> None:
+    cache = PagedKVCache(8, 4, HEADS, DIM, num_layers=2)
+    cache.add(0, 1)
+    cache.append([0], K, K, 0)
+    message = "request is a ndarray, expected a hashable id"
+    check_error(TypeError, message, cache.append, [odd], K, K, 1)
+    cache.append([0], K, K, 1)

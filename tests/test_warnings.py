@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 from typing import Any
 
 import batches
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_call import (
+    INT_MAX,
     Wrapper,
     ints,
     plan_arguments,
@@ -16,6 +20,7 @@ from small_call import (
 )
 
 import cupaged
+from cupaged import validate_lengths
 
 NOT_APPENDED = (
     "request 1 has 5 queries and 2 keys (and 1 more requests like it): with causal=True its first "
@@ -125,3 +130,36 @@ def test_warnings_as_errors_keep_the_earlier_plan(
             wrapper.plan(**plan_arguments(**changes))
     after = wrapper.run(batch.q, batch.cache)
     assert before.tobytes() == after.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("indices", "messages"),
+    [
+        (ints(INT_MAX, 1, 0), []),
+        (ints(INT_MAX, 1, INT_MAX), []),
+        (ints(INT_MAX, INT_MAX, 0), [TWICE.replace("page 4", f"page {INT_MAX}")]),
+        (np.array([INT_MAX, INT_MAX, 0]), [TWICE.replace("page 4", f"page {INT_MAX}")]),
+    ],
+)
+def test_high_page_numbers_take_no_more_memory(indices: Any, messages: list[str]) -> None:
+    wrapper = Wrapper(backend="reference")
+    wrapper.plan(**plan_arguments())  # whatever is loaded or kept at the first call
+    tracemalloc.start()
+    try:
+        found = caught(wrapper.plan, paged_kv_indices=indices)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert [str(warning.message) for warning in found] == messages
+
+
+@given(
+    pages=st.lists(st.integers(0, 40), max_size=12),
+    factor=st.sampled_from([1, 7, 1000, INT_MAX // 40]),
+    more=st.sampled_from([0, 1, 10**4]),
+)
+def test_whether_any_page_repeats(pages: list[int], factor: int, more: int) -> None:
+    numbers = np.array(pages, np.int32) * np.int32(factor)
+    highest = min(int(numbers.max(initial=-1)) + more, INT_MAX)
+    found = validate_lengths.any_repeats(numbers, highest)
+    assert found == (len(set(pages)) < len(pages))

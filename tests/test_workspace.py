@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import Formula
+from producers import Producer
 from small_call import (
     Wrapper,
     check_error,
@@ -65,3 +66,25 @@ def test_a_workspace_too_small_says_how_many_bytes() -> None:
     wrapper.plan(**plan_arguments(**lengths))
     wrapper.reset_workspace_buffer(None)
     wrapper.plan(**plan_arguments(**lengths))
+
+
+def test_a_workspace_that_can_t_be_written_is_refused() -> None:
+    memory = np.zeros(1 << 10, np.uint8)
+    memory.flags.writeable = False
+    message = "float_workspace_buffer is a read-only array, expected one that can be written"
+    behind_dlpack = Producer(memory, 1, 8, version=(1, 0), read_only=True)
+    for given in (memory, behind_dlpack):
+        check_error(ValueError, message, Wrapper, given, backend="reference")
+    first = np.zeros(10, np.uint8)
+    wrapper = Wrapper(first, backend="reference")
+    check_error(ValueError, message, wrapper.reset_workspace_buffer, memory)
+    assert wrapper._workspace is first
+
+
+def test_a_workspace_of_jax_is_refused() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    message = (
+        "float_workspace_buffer is a JAX array, which is immutable: omit it, or give memory of "
+        "CuPy, PyTorch or NumPy"
+    )
+    check_error(TypeError, message, Wrapper, jnp.zeros(10), backend="reference")
