@@ -335,6 +335,7 @@ def test_a_run_on_the_gpu(tmp_path: Path) -> None:
     assert "bars for an H200" in done.stdout
     for row in attention:
         assert row["us"] > 0
-        assert 0 < row["share_of_matmul"] < 1
+        ceiling = result["header"]["ceilings"]["matmul_tflops"]
+        assert row["share_of_matmul"] == pytest.approx(row["tflops"] / ceiling)
     host = {row["workload"] for row in result["rows"] if row["kind"] == "host"}
     assert {"run-host", "import", "import-wrapper", "kernel-compile", "kernel-load"} < host
