@@ -155,7 +155,13 @@ BESIDE_4X4096: dict[str, dict[str, Any]] = {
     "ragged": {"wrapper": RAGGED},
     "hd96": {"head_dim": 96},
     "hd192-128": {"head_dim": 192, "head_dim_vo": 128, "num_kv_heads": 32},
+    "e4m3": {"kv_dtype": "float8_e4m3fn"},
+    "e4m3-rope": {"kv_dtype": "float8_e4m3fn", "pos_encoding_mode": "ROPE_LLAMA"},
 }
+
+
+#: Of decoding, what is measured with rotations too.
+ROTATED = ("64x8192-float16", "64x8192-float16-e4m3")
 
 
 def variant_workloads() -> list[VariantWorkload]:
@@ -194,6 +200,11 @@ def decodes() -> list[VariantWorkload]:
         for kv_dtype in ("float8_e4m3fn", "float8_e5m2"):
             kind = kv_dtype.removeprefix("float8_").removesuffix("fn")
             table.append(replace(base, name=f"{name}-{kind}", kv_dtype=kv_dtype))
+        table += [
+            replace(w, name=f"{w.name}-rope", pos_encoding_mode="ROPE_LLAMA")
+            for w in table
+            if w.beside == name and w.name in ROTATED
+        ]
     return table
 
 

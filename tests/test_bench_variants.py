@@ -79,6 +79,12 @@ def test_the_table_holds_the_work_of_the_issue() -> None:
         "ragged": causal,
         "hd96": causal,
         "hd192-128": {**causal, "head_dim_vo": 128},
+        "e4m3": {**causal, "kv_data_type": "float8_e4m3fn"},
+        "e4m3-rope": {
+            **causal,
+            "kv_data_type": "float8_e4m3fn",
+            "pos_encoding_mode": "ROPE_LLAMA",
+        },
     }
     one = np.tri(4096, dtype=np.uint8).reshape(-1)
     bits = np.unpackbits(mask, bitorder="little").reshape(4, -1)
@@ -97,11 +103,16 @@ def test_the_table_holds_the_work_of_the_issue() -> None:
             assert (w.num_qo_heads, w.num_kv_heads, w.head_dim) == (*heads, 128)
             assert w.features() == features
     decodes = [w for w in ALL if w.wrapper == DECODE]
-    assert [(w.dtype, w.features().get("kv_data_type")) for w in decodes] == [
-        (dtype, kv_dtype)
+    plain_ones = [w for w in decodes if w.pos_encoding_mode == "NONE"]
+    rope, rope_e4m3 = (w for w in decodes if w not in plain_ones)
+    assert [(w.dtype, w.features()) for w in plain_ones] == [
+        (dtype, {"kv_data_type": kv_dtype} if kv_dtype else {})
         for dtype in ("float16", "bfloat16")
         for kv_dtype in (None, "float8_e4m3fn", "float8_e5m2")
     ]
+    rotations = {"pos_encoding_mode": "ROPE_LLAMA"}
+    assert (rope.dtype, rope.features()) == ("float16", rotations)
+    assert rope_e4m3.features() == {"kv_data_type": "float8_e4m3fn", **rotations}
     assert {(w.num_qo_heads, w.num_kv_heads, *w.head_dims) for w in decodes} == {(32, 8, 128, 128)}
 
 
@@ -225,6 +236,7 @@ FEATURES: Mapping[str, dict[str, Any]] = {
     "two head dims": {"head_dim": 192, "head_dim_vo": 128},
     "e4m3": {"kv_dtype": "float8_e4m3fn"},
     "e5m2": {"kv_dtype": "float8_e5m2", "dtype": "bfloat16"},
+    "rope of e4m3": {"kv_dtype": "float8_e4m3fn", "pos_encoding_mode": "ROPE_LLAMA"},
     "many": {
         "window_left": 4,
         "logits_soft_cap": 0.5,
