@@ -34,9 +34,10 @@ def dtype_name(x: Any, argument: str) -> str:
     """
     name = _dtype_name(x)
     if name is None:
-        words = f"= {x!r}"
-        if "\n" in words:  # an array's
-            words = f"is {what(x)}"
+        # The repr of these may fill the screen.
+        array = hasattr(x, "__dlpack__") and not isinstance(x, type)
+        many = array or isinstance(x, (list, tuple))
+        words = f"is {what(x)}" if many else f"= {x!r}"
         raise TypeError(f"{argument} {words}, expected one of {', '.join(DTYPES)}")
     return name
 

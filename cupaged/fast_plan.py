@@ -60,23 +60,28 @@ rope_theta, non_blocking, fixed_split_size, disable_split_kv, q_len_per_req
     CupagedWarning
         As `plan()` does.
     """
-    if global_override_indptr_cpu is not None:
-        indptr, name = global_override_indptr_cpu, "global_override_indptr_cpu"
-        validate_lengths.check_indptr(arrays.import_index(indptr, name), name)
-    type(self).plan(
-        self,
-        *(indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size),
-        pos_encoding_mode=pos_encoding_mode,
-        window_left=window_left,
-        logits_soft_cap=logits_soft_cap,
-        q_data_type="float16" if q_data_type is None else q_data_type,
-        kv_data_type=kv_data_type,
-        data_type=data_type,
-        sm_scale=sm_scale,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        non_blocking=non_blocking,
-        fixed_split_size=fixed_split_size,
-        disable_split_kv=disable_split_kv,
-        q_len_per_req=q_len_per_req,
-    )
+    override = global_override_indptr_cpu
+    try:
+        type(self).plan(
+            self,
+            *(indptr if override is None else override, indices, last_page_len),
+            *(num_qo_heads, num_kv_heads, head_dim, page_size),
+            pos_encoding_mode=pos_encoding_mode,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            q_data_type="float16" if q_data_type is None else q_data_type,
+            kv_data_type=kv_data_type,
+            data_type=data_type,
+            sm_scale=sm_scale,
+            rope_scale=rope_scale,
+            rope_theta=rope_theta,
+            non_blocking=non_blocking,
+            fixed_split_size=fixed_split_size,
+            disable_split_kv=disable_split_kv,
+            q_len_per_req=q_len_per_req,
+        )
+    except (TypeError, ValueError):
+        if override is not None:  # it may be what is wrong, and has another name here
+            name = "global_override_indptr_cpu"
+            validate_lengths.check_indptr(arrays.import_index(override, name), name)
+        raise

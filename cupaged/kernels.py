@@ -50,16 +50,17 @@ _VARIANTS = (
 def configurations(arch: int) -> Iterator[KernelConfig]:
     """The kernel configurations that users of a GPU of compute capability `arch` will meet.
 
-    Every plain one, every one for 8-bit K and V in pages of 16, and variants of heads of 128, with
-    8-bit K rotations. The others, pages of other sizes and variants in other company, are compiled
-    when asked for as all are.
+    Every plain one, every one for 8-bit K and V in pages of 16, and variants of heads of 128;
+    of 8-bit keys' heads of 64 and 128 also rotations. The others, pages of other sizes and variants
+    in other company, are compiled when asked for as all are.
     """
     found: dict[KernelConfig, None] = {}
     for dtype, head_dims in itertools.product(SERVED_DTYPES, SERVED_HEAD_DIMS):
         needs = [Needs(dtype, dtype, *head_dims, page_size) for page_size in TYPICAL_PAGE_SIZES]
         needs += [Needs(dtype, kv_dtype, *head_dims, 16) for kv_dtype in FLOAT8_DTYPES]
-        if head_dims == (128, 128):
+        if head_dims in ((64, 64), (128, 128)):
             needs.append(Needs(dtype, "float8_e4m3fn", *head_dims, 16, Variant(rope=True)))
+        if head_dims == (128, 128):
             needs += [
                 Needs(dtype, dtype, *head_dims, 16, variant, low_cap, scattered)
                 for variant in _VARIANTS

@@ -103,7 +103,7 @@ def append_paged_kv_cache(
     tensors = ((k_name, k), ("v cache", v), ("append_key", key), ("append_value", value))
     validate_page.elements(tensors, device)
     if isinstance(caches, tuple):
-        validate_run.own_memory(k, v)
+        validate_run.own_beginnings(k, v)
     elif 0 in caches.strides:
         validate_run.own_elements(caches, k_name)
     given = Indices(batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)

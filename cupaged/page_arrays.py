@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -121,10 +122,11 @@ def wrap(caches: Any, spec: AttentionSpec, num_pages: int, num_layers: int) -> P
                 f"caches[{i // 2}]: {'kv'[i % 2]} cache is on {validate_run.place(found)}, "
                 f"expected {validate_run.place(device)} as the k cache of layer 0 is"
             )
-    first: dict[int, int] = {}  # whose memory begins at an address
-    for i, pages in enumerate(by_page):
-        other = first.setdefault(validate_run.address(pages), i)
-        if other != i:
+    # Those that share memory mostly lie next to each other.
+    order = sorted(range(len(by_page)), key=lambda i: validate_run.address(by_page[i]))
+    for other, i in itertools.pairwise(order):
+        if validate_run.share_memory(by_page[other], by_page[i]):
+            other, i = sorted((other, i))
             raise ValueError(
                 f"caches[{i // 2}]: {'kv'[i % 2]} cache and the {'kv'[other % 2]} cache of layer "
                 f"{other // 2} share memory, expected elements of their own"

@@ -290,4 +290,4 @@ def _quoted(values: tuple[str, ...]) -> str:
 def what(value: object) -> str:
     """The type of a value, in words."""
     kind = type(value).__name__
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    return f"{'an' if kind[0] in 'aeiou' or kind == 'ndarray' else 'a'} {kind}"

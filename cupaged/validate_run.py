@@ -198,34 +198,47 @@ def own_elements(array: Any, name: str, why: str = "") -> None:
             )
 
 
-def own_memory(first: Any, second: Any, names: tuple[str, str] = ("k cache", "v cache")) -> None:
-    """Refuse two arrays on one device that are to be written, where elements share a place."""
-    for array, name in zip((first, second), names, strict=True):
-        if 0 in array.strides:
-            own_elements(array, name)
-    if _share_memory(first, second):
+def own_beginnings(
+    first: Any, second: Any, names: tuple[str, str] = ("k cache", "v cache")
+) -> None:
+    """Refuse one array given for two that are to be written, and one place for several elements.
+
+    For what is called layer after layer: the least that a mistake looks like.
+    """
+    if 0 in first.strides or 0 in second.strides:
+        own_elements(first, names[0])
+        own_elements(second, names[1])
+    if isinstance(first, np.ndarray) and not np.may_share_memory(first, second):
+        return  # which takes less time than NumPy's addresses
+    if address(first) == address(second) and first.size and second.size:
         raise ValueError(f"{names[0]} and {names[1]} share memory, expected elements of their own")
 
 
-def _share_memory(first: Any, second: Any) -> bool:
-    """Whether an array begins where the other does, or further along one of its axes.
+def own_memory(first: Any, second: Any, names: tuple[str, str] = ("k cache", "v cache")) -> None:
+    """Refuse two arrays on one device that are to be written, where elements share a place."""
+    own_beginnings(first, second, names)
+    if share_memory(first, second):
+        raise ValueError(f"{names[0]} and {names[1]} share memory, expected elements of their own")
+
+
+def share_memory(first: Any, second: Any) -> bool:
+    """Whether an array begins with an element of the other.
 
     K and V that lie in between each other don't. Not every shared element is found in this way.
     """
     if not first.size or not second.size:
         return False
-    if isinstance(first, np.ndarray) and not np.may_share_memory(first, second):
-        return False  # which takes less time than NumPy's addresses
     offset = address(second) - address(first)
-    return not offset or _begins_along(first, offset) or _begins_along(second, -offset)
+    return _has_element_at(first, offset) or _has_element_at(second, -offset)
 
 
-def _begins_along(array: Any, offset: int) -> bool:
-    """Whether an element along one of the axes is so many bytes behind the first one."""
-    for length, stride in zip(array.shape, array.strides, strict=True):
-        if stride and not offset % stride and 0 <= offset // stride < length:
-            return True
-    return False
+def _has_element_at(array: Any, offset: int) -> bool:
+    """Whether an element is so many bytes behind the first one, taking long strides first."""
+    axes = sorted(zip(array.strides, array.shape, strict=True), key=lambda axis: -abs(axis[0]))
+    for stride, length in axes:
+        if stride:
+            offset -= min(max(offset // stride, 0), length - 1) * stride
+    return offset == 0
 
 
 def address(array: Any) -> int:

@@ -11,7 +11,7 @@
 // A warp's keys of a tile of K.
 struct Keys {
     const Params& p;
-    u32 address;    // of this lane's part of the first fragment
+    u32 address;    // the first one's row, and this lane's k_fragment_offset()
     int first_key;  // the first one's place in the request
     int lane;
 };
@@ -99,7 +99,7 @@ __device__ __forceinline__ u32 k_fragment_offset(int lane) {
 // of a row's first elements, and the 16 that turn with them.
 struct KFragment {
     static constexpr int STEPS = 2;
-    static constexpr int UNROLL = 1;  // more would be angles in registers that there are too few of
+    static constexpr int UNROLL = 1;  // else the angles of several take too many registers
     Pair b[2][STEPS][2];  // [first or last 8 keys][step][half]
 
     static __device__ __forceinline__ int block(int d, int step) {
@@ -119,7 +119,8 @@ struct KFragment {
                 Pair(&pairs)[STEPS][2] = b[eight];
                 pairs[0][half] = widen(four[2 * eight], half);
                 pairs[1][half] = widen(four[2 * eight + 1], half);
-                // Read anew for every key: registers are shorter than the cache is far.
+                // Loaded again for each key: kept, they would take registers that there are too few
+                // of, and they are in the L1 cache.
                 Turns here;
                 load_now(here.of, turns + half);
                 rotate_pairs(pairs[0][half], pairs[1][half], here,

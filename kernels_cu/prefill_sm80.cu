@@ -56,7 +56,8 @@ __device__ __forceinline__ void multiply_qk(Logits& s, u32 q, const Keys& keys) 
 #pragma unroll
         for (int step = 0; step < KFragment::STEPS; ++step)
 #pragma unroll
-            for (int i = 0; i < MMA_Q; ++i) load_q_fragment(a[step][i], q, i, KFragment::block(d, step));
+            for (int i = 0; i < MMA_Q; ++i)
+                load_q_fragment(a[step][i], q, i, KFragment::block(d, step));
 #pragma unroll
         for (int n = 0; n < WARP_KV / 16; ++n) {
             const KFragment b(keys, n, d);

@@ -1,6 +1,6 @@
 // Rotary position embedding (Su et al. 2021, "RoFormer"), LLaMA's way round: element d of a row
-// turns with element d + HEAD_DIM_QK / 2. Rows of 16-bit elements are rotated where they lie in shared
-// memory.
+// turns with element d + HEAD_DIM_QK / 2. Rows of 16-bit elements are rotated where they lie in
+// shared memory.
 #pragma once
 #include "params.cuh"
 #include "tile.cuh"

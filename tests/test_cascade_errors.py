@@ -52,7 +52,7 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"qo_indptr_arr": ints(0, 9)},
         TypeError,
-        "qo_indptr_arr is a ndarray, expected a list: one entry for each level",
+        "qo_indptr_arr is an ndarray, expected a list: one entry for each level",
     ),
     (
         {"paged_kv_indptr_arr": None},

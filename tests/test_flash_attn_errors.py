@@ -162,10 +162,10 @@ def read_only(x: Array) -> Array:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rotary_cos": Q}, NotImplementedError, "rotary_cos is a ndarray, served is None"),
-        ({"rotary_sin": Q}, NotImplementedError, "rotary_sin is a ndarray, served is None"),
+        ({"rotary_cos": Q}, NotImplementedError, "rotary_cos is an ndarray, served is None"),
+        ({"rotary_sin": Q}, NotImplementedError, "rotary_sin is an ndarray, served is None"),
         ({"num_splits": 3}, NotImplementedError, "num_splits = 3, served are 0 and 1"),
-        ({"num_splits": np.zeros(2)}, TypeError, "num_splits is a ndarray, expected an int"),
+        ({"num_splits": np.zeros(2)}, TypeError, "num_splits is an ndarray, expected an int"),
         ({"num_splits": True}, TypeError, "num_splits is a bool, expected an int"),
         (
             {"v_cache": CACHE["v_cache"].astype(np.float32)},

@@ -43,6 +43,7 @@ def test_k_and_v_that_share_memory_are_found(on: Any, kv_layout: str) -> None:
         (more[:-1], more[1:]),
         (wider[:, :, 1:], wider[:, :, :-1]),
         (same[:3], same),
+        (wider[1:, :, 1:], wider[:-1, :, :-1]),
     ):
         assert np.shares_memory(k, v)
         check_error(ValueError, SHARED, validate_run.own_memory, on(k), on(v))

@@ -74,6 +74,7 @@ def read_only() -> np.ndarray:
 
 
 A, B = pages(), pages()
+NINE = pages(9, 4, HEADS, DIM)
 WORDS = "kv_layout='NHD' expects (num_pages, page_size=4, num_kv_heads=2, head_dim=4)"
 CONSTRUCTOR_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_pages": 0}, ValueError, "num_pages = 0, expected at least 1"),
@@ -105,7 +106,7 @@ CONSTRUCTOR_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "device and caches exclude each other: arrays have their own device",
     ),
-    ({"caches": pages()}, TypeError, "caches is a ndarray, expected a list: (k, v) of each layer"),
+    ({"caches": pages()}, TypeError, "caches is an ndarray, expected a list: (k, v) of each layer"),
     (
         {"caches": (pages(), pages())},
         ValueError,
@@ -160,6 +161,12 @@ CONSTRUCTOR_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     (
         {"caches": [(A, B), (pages(), A)], "num_layers": 2},
+        ValueError,
+        "caches[1]: v cache and the k cache of layer 0 share memory, expected elements of their "
+        "own",
+    ),
+    (
+        {"caches": [(NINE[1:], A), (B, NINE[:-1])], "num_layers": 2},
         ValueError,
         "caches[1]: v cache and the k cache of layer 0 share memory, expected elements of their "
         "own",
@@ -296,7 +303,7 @@ CALL_ERRORS: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("append", ("c", K, K, 1), TypeError, "requests is a str, expected a list of requests"),
     (
         *("append", (np.array("c"), K, K, 1)),
-        *(TypeError, "requests is a ndarray, expected a list of requests"),
+        *(TypeError, "requests is an ndarray, expected a list of requests"),
     ),
     (
         "append",
@@ -391,6 +398,6 @@ def test_arrays_are_no_ids_of_requests_at_later_layers_either(odd: np.ndarray) -
     cache = PagedKVCache(8, 4, HEADS, DIM, num_layers=2)
     cache.add(0, 1)
     cache.append([0], K, K, 0)
-    message = "request is a ndarray, expected a hashable id"
+    message = "request is an ndarray, expected a hashable id"
     check_error(TypeError, message, cache.append, [odd], K, K, 1)
     cache.append([0], K, K, 1)

@@ -338,8 +338,8 @@ PREFILL_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         NotImplementedError,
         "o_dtype = float32 differs from that of q, float16, which no backend serves",
     ),
-    ({"o_dtype": np.zeros((2, 2))}, TypeError, f"o_dtype is a ndarray, {SERVED}"),
-    ({"backend": np.zeros(2)}, TypeError, f"backend is a ndarray, {BACKENDS}"),
+    ({"o_dtype": np.zeros((2, 2))}, TypeError, f"o_dtype is an ndarray, {SERVED}"),
+    ({"backend": np.zeros(2)}, TypeError, f"backend is an ndarray, {BACKENDS}"),
     (
         {"custom_mask": np.ones((9, 21), np.bool_)},
         ValueError,
@@ -353,8 +353,8 @@ PREFILL_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         )
         for name, value, words in (
             ("scale_q", 2.0, "2.0"),
-            ("scale_k", np.ones(2), "a ndarray"),
-            ("scale_v", np.ones(2), "a ndarray"),
+            ("scale_k", np.ones(2), "an ndarray"),
+            ("scale_v", np.ones(2), "an ndarray"),
             ("use_fp16_qk_reduction", True, "True"),
             ("kv_cache_sf", (1, 2), "a tuple"),
         )

@@ -25,13 +25,13 @@ CONSTRUCTOR_UNSERVED: dict[str, tuple[Any, str]] = {
 }
 PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
     "use_fp16_qk_reduction": (True, "True"),
-    "prefix_len_ptr": (ints(0), "a ndarray"),
-    "token_pos_in_items_ptr": (ints(0), "a ndarray"),
+    "prefix_len_ptr": (ints(0), "an ndarray"),
+    "token_pos_in_items_ptr": (ints(0), "an ndarray"),
     "token_pos_in_items_len": (4, "4"),
-    "max_item_len_ptr": (ints(0), "a ndarray"),
-    "seq_lens": (ints(0), "a ndarray"),
-    "seq_lens_q": (ints(0), "a ndarray"),
-    "block_tables": (ints(0), "a ndarray"),
+    "max_item_len_ptr": (ints(0), "an ndarray"),
+    "seq_lens": (ints(0), "an ndarray"),
+    "seq_lens_q": (ints(0), "an ndarray"),
+    "block_tables": (ints(0), "an ndarray"),
     "max_token_per_sequence": (8, "8"),
     "max_sequence_kv": (8, "8"),
     "uniform_q_len": (8, "8"),
@@ -39,7 +39,7 @@ PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
 RUN_UNSERVED: dict[str, tuple[Any, str]] = {
     "lse_layout": ("HN", "'HN'"),
     "enable_pdl": (True, "True"),
-    "kv_cache_sf": (np.zeros(4, np.uint8), "a ndarray"),
+    "kv_cache_sf": (np.zeros(4, np.uint8), "an ndarray"),
     "skip_softmax_threshold_scale_factor": (1.0, "1.0"),
     "use_fp16_softmax": (True, "True"),
     "uses_spcompress": (True, "True"),
@@ -47,25 +47,25 @@ RUN_UNSERVED: dict[str, tuple[Any, str]] = {
 
 DECODE_CONSTRUCTOR_UNSERVED: dict[str, tuple[Any, str]] = {"jit_args": ([1], "a list")}
 DECODE_PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
-    "block_tables": (ints(0), "a ndarray"),
-    "seq_lens": (ints(0), "a ndarray"),
+    "block_tables": (ints(0), "an ndarray"),
+    "seq_lens": (ints(0), "an ndarray"),
 }
 DECODE_RUN_UNSERVED: dict[str, tuple[Any, str]] = {
     "enable_pdl": (True, "True"),
     "skip_softmax_threshold_scale_factor": (1.0, "1.0"),
-    "kv_cache_sf": (np.zeros(4, np.uint8), "a ndarray"),
+    "kv_cache_sf": (np.zeros(4, np.uint8), "an ndarray"),
 }
 RAGGED_CONSTRUCTOR_UNSERVED = CONSTRUCTOR_UNSERVED
 RAGGED_PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
     **{name: row for name, row in PLAN_UNSERVED.items() if name != "block_tables"},
-    "v_indptr": (ints(0), "a ndarray"),
-    "o_indptr": (ints(0), "a ndarray"),
+    "v_indptr": (ints(0), "an ndarray"),
+    "o_indptr": (ints(0), "an ndarray"),
 }
 RAGGED_RUN_UNSERVED: dict[str, tuple[Any, str]] = {
     "o_scale": (0.5, "0.5"),
     "lse_layout": ("HN", "'HN'"),
     "enable_pdl": (True, "True"),
-    "kv_cache_sf": (np.zeros(4, np.uint8), "a ndarray"),
+    "kv_cache_sf": (np.zeros(4, np.uint8), "an ndarray"),
 }
 #: Served by the constructors, and checked in test_graph_buffers.py.
 MASK_BUFFERS = {"custom_mask_buf", "mask_indptr_buf"}

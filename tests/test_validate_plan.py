@@ -77,8 +77,8 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sm_scale": True}, TypeError, "sm_scale is a bool, expected a number"),
     ({"sm_scale": "1.5"}, TypeError, "sm_scale is a str, expected a number"),
     ({"sm_scale": "small"}, TypeError, "sm_scale is a str, expected a number"),
-    ({"sm_scale": np.zeros(2)}, TypeError, "sm_scale is a ndarray, expected a number"),
-    ({"sm_scale": np.array(True)}, TypeError, "sm_scale is a ndarray, expected a number"),
+    ({"sm_scale": np.zeros(2)}, TypeError, "sm_scale is an ndarray, expected a number"),
+    ({"sm_scale": np.array(True)}, TypeError, "sm_scale is an ndarray, expected a number"),
     ({"sm_scale": float("nan")}, ValueError, "sm_scale = nan, expected a finite number"),
     ({"sm_scale": float("-inf")}, ValueError, "sm_scale = -inf, expected a finite number"),
     ({"sm_scale": 10**400}, ValueError, "sm_scale = inf, expected a finite number"),
@@ -97,7 +97,7 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"fixed_split_size": 2, "disable_split_kv": np.ones(2)},
         TypeError,
-        "disable_split_kv is a ndarray, expected a bool",
+        "disable_split_kv is an ndarray, expected a bool",
     ),
     (
         {"fixed_split_size": 2, "disable_split_kv": True},
@@ -137,7 +137,7 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         f"pos_encoding_mode = 'ROPE', {MODES}",
     ),
     ({"pos_encoding_mode": None}, TypeError, f"pos_encoding_mode is a NoneType, {MODES}"),
-    ({"pos_encoding_mode": np.ones(2)}, TypeError, f"pos_encoding_mode is a ndarray, {MODES}"),
+    ({"pos_encoding_mode": np.ones(2)}, TypeError, f"pos_encoding_mode is an ndarray, {MODES}"),
     # qo_indptr
     ({"qo_indptr": None}, TypeError, f"qo_indptr is None, {SPEAKS_DLPACK}"),
     ({"qo_indptr": 7}, TypeError, f"qo_indptr is an int, {SPEAKS_DLPACK}"),
@@ -292,10 +292,10 @@ def test_plan_errors(changes: dict[str, Any], error: type[Exception], message: s
     [
         ({"kv_layout": "HDN"}, ValueError, f"kv_layout = 'HDN', {LAYOUTS}"),
         ({"kv_layout": None}, TypeError, f"kv_layout is a NoneType, {LAYOUTS}"),
-        ({"kv_layout": np.ones(2)}, TypeError, f"kv_layout is a ndarray, {LAYOUTS}"),
+        ({"kv_layout": np.ones(2)}, TypeError, f"kv_layout is an ndarray, {LAYOUTS}"),
         ({"backend": "fa4"}, ValueError, f"backend = 'fa4', {BACKENDS}"),
         ({"backend": None}, TypeError, f"backend is a NoneType, {BACKENDS}"),
-        ({"backend": np.ones(2)}, TypeError, f"backend is a ndarray, {BACKENDS}"),
+        ({"backend": np.ones(2)}, TypeError, f"backend is an ndarray, {BACKENDS}"),
         (
             {"float_workspace_buffer": 1 << 20},
             TypeError,

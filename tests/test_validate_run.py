@@ -160,7 +160,7 @@ RUN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     # Factors
     ({"q_scale": [1.0]}, TypeError, "q_scale is a list, expected a number"),
-    ({"k_scale": np.ones(3)}, TypeError, "k_scale is a ndarray, expected a number"),
+    ({"k_scale": np.ones(3)}, TypeError, "k_scale is an ndarray, expected a number"),
     ({"k_scale": float("inf")}, ValueError, "k_scale = inf, expected a finite number"),
     ({"v_scale": float("nan")}, ValueError, "v_scale = nan, expected a finite number"),
     ({"v_scale": "big"}, TypeError, "v_scale is a str, expected a number"),
@@ -181,7 +181,7 @@ RUN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "lse_base = 'log10', expected one of 'log2', 'ln'",
     ),
     ({"lse_base": None}, TypeError, "lse_base is a NoneType, expected one of 'log2', 'ln'"),
-    ({"lse_base": np.ones(2)}, TypeError, "lse_base is a ndarray, expected one of 'log2', 'ln'"),
+    ({"lse_base": np.ones(2)}, TypeError, "lse_base is an ndarray, expected one of 'log2', 'ln'"),
     # out and lse; a given `out` itself stands in for this test's own
     ({"out": "here"}, TypeError, f"out is a str, {SPEAKS_DLPACK}"),
     (

@@ -65,7 +65,7 @@ FEATURE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"rope_theta": np.ones((3, 40))},
         ValueError,
-        "rope_theta is a ndarray with pos_encoding_mode='NONE', expected 'ROPE_LLAMA'",
+        "rope_theta is an ndarray with pos_encoding_mode='NONE', expected 'ROPE_LLAMA'",
     ),
     (
         {"rope_theta": -1.0, "pos_encoding_mode": "ROPE_LLAMA"},
@@ -316,7 +316,7 @@ def test_errors_of_forward() -> None:
     message = "rope_theta = 1.0 with pos_encoding_mode='NONE', expected 'ROPE_LLAMA'"
     check_error(ValueError, message, call, **arguments, rope_theta=1.0)
     check_error(TypeError, "causal is an int, expected a bool", call, **arguments, causal=1)
-    message = "pos_encoding_mode is a ndarray, expected one of 'NONE', 'ROPE_LLAMA', 'ALIBI'"
+    message = "pos_encoding_mode is an ndarray, expected one of 'NONE', 'ROPE_LLAMA', 'ALIBI'"
     check_error(TypeError, message, call, **arguments, pos_encoding_mode=np.zeros((3, 3)))
     for kind in (Wrapper, Decode):
         check_error(RuntimeError, "run() before plan()", kind().forward, **arguments)
