@@ -265,6 +265,9 @@ paged_kv_last_page_len_buf_arr : list of int32 array, optional
 
     begin_forward = plan
 
+    def end_forward(self) -> None:
+        """Nothing, as for the paged wrapper."""
+
     def _plan_levels(
         self, spec: AttentionSpec, levels: tuple[Level, ...], device: int | None, stream: int
     ) -> None:

@@ -290,6 +290,8 @@ def call(
 ) -> door.Call:
     """The call that the arrays make, checked against each other; `names` are K's and V's."""
     k_name, v_name = names
+    if lengths.table is not None and not k.shape[1]:
+        raise ValueError(f"{k_name} has shape {k.shape}, expected a page_size of at least 1")
     if v.dtype != k.dtype:
         raise TypeError(f"{v_name} is {v.dtype}, expected {k.dtype} as {k_name} is")
     if v.shape[:-1] != k.shape[:-1]:
@@ -303,8 +305,8 @@ def call(
     return door.Call(
         *(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]),
         *(dtype_name(q.dtype, "q's dtype"), dtype_name(k.dtype, f"{k_name}'s dtype")),
-        sm_scale=None if softmax_scale is None else validate.scale(softmax_scale, "softmax_scale"),
-        logits_soft_cap=validate.scale(softcap, "softcap"),
+        sm_scale=None if softmax_scale is None else validate.factor(softmax_scale, "softmax_scale"),
+        logits_soft_cap=validate.factor(softcap, "softcap"),
         pos_encoding_mode="NONE" if lengths.slopes is None else "ALIBI",
         disable_split_kv=disable_split_kv,
     )
@@ -351,7 +353,7 @@ def check_longest(name: str, given: int | None, lengths: IntArray) -> None:
 
 def is_flat(x: Array) -> bool:
     """Whether each batch's rows lie behind the last one's, at the same distance."""
-    flat: bool = len(x) <= 1 or x.strides[0] == x.shape[1] * x.strides[1]
+    flat: bool = len(x) <= 1 or not x.size or x.strides[0] == x.shape[1] * x.strides[1]
     return flat
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
 from cupaged import dlpack, validate, validate_run
+from cupaged.backend import Plan
 from cupaged.devices import cupy
 from cupaged.paged_attention import PagedAttention
-from cupaged.spec import DTYPES, AttentionSpec
+from cupaged.spec import DTYPES
 
 __all__ = ["paged_attention"]
 
@@ -81,7 +82,9 @@ BatchPrefillWithRaggedKVCacheWrapper
     if planned is None:
         raise RuntimeError("paged_attention() before plan()")
     spec = planned.spec
-    num_rows = _check(plan, spec, planned.nnz_qo, (q, k_pages, v_pages), sinks)
+    if sinks is None and plan.needs_sinks:
+        raise TypeError("sinks is None, expected a float32 array [num_qo_heads]")
+    num_rows = _check(plan, planned, (q, k_pages, v_pages), sinks)
     validate.logit_scale(spec.sm_scale, q_scale, k_scale)
     factors = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
     attend = _Attend(
@@ -133,16 +136,17 @@ class _Attend:
         )
 
 
-def _check(
-    wrapper: PagedAttention, spec: AttentionSpec, nnz_qo: int, arrays: tuple[Any, ...], sinks: Any
-) -> int:
+def _check(wrapper: PagedAttention, plan: Plan, arrays: tuple[Any, ...], sinks: Any) -> int:
     """Check shapes and dtypes as `run()` does; returns q's rows."""
+    spec = plan.spec
     q, k, v = map(_like, arrays, ("q", *wrapper._kv_names))
     num_rows = validate_run.query(
-        *(q, spec, nnz_qo, wrapper._rows_are, wrapper._names.head_dim),
+        *(q, spec, plan.nnz_qo, wrapper._rows_are, wrapper._names.head_dim),
         more=wrapper.is_cuda_graph_enabled,
     )
-    wrapper._keys_and_values((k, v), q, spec)
+    _, _, num_pages = wrapper._keys_and_values((k, v), q, spec)
+    if plan.highest_page >= num_pages:
+        wrapper.check_pages(plan, num_pages)
     if sinks is not None:
         validate_run.sinks(_like(sinks, "sinks"), spec, None)
     return num_rows

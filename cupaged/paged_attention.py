@@ -28,6 +28,8 @@ class PagedAttention(PlannedAttention):
 
     #: Where the number of q's rows comes from.
     _rows_are: ClassVar[str]
+    #: `run()` is not without sinks.
+    needs_sinks: ClassVar[bool] = False
     #: What `run()` calls K and V.
     _kv_names: ClassVar[tuple[str, str]] = ("k cache", "v cache")
 
@@ -75,6 +77,10 @@ class PagedAttention(PlannedAttention):
             *(q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, lse_base, sinks)
         )
 
+    def check_pages(self, plan: backend_room.Plan, num_pages: int) -> None:
+        """Refuse a cache of fewer pages than were planned."""
+        self._check_range(plan.page_indices, plan.highest_page, plan.lengths, num_pages)
+
     def output_shape(self, num_rows: int) -> tuple[int, int, int]:
         """Shape of the output for so many rows of q."""
         if self._plan is None:
@@ -111,8 +117,7 @@ class PagedAttention(PlannedAttention):
         if plan.workspace is not None:
             validate_run.workspace_device(plan.workspace, device, "q is")
         if plan.highest_page >= num_pages:
-            lengths = plan.lengths
-            self._check_range(plan.page_indices, plan.highest_page, lengths, num_pages)
+            self.check_pages(plan, num_pages)
         if sinks is not None:
             sinks = arrays.import_tensor(sinks, "sinks", q)
             validate_run.sinks(sinks, spec, device)

@@ -238,6 +238,9 @@ class PlannedAttention:
         """Refuse a page table of more than what `_keys_and_values()` found there to be."""
         validate_lengths.page_range(pages, highest, lengths, num_pages, self._names)
 
+    def end_forward(self) -> None:
+        """Nothing: FlashInfer's programs of old end with it what `begin_forward()` begins."""
+
     def explain(self) -> str:
         """The plan as text: tiles, splits, work for each thread block, predicted imbalance.
 

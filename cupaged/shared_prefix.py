@@ -31,6 +31,9 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper:
         """Take another workspace from the next plan on, as the paged wrapper does."""
         self._unique.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
 
+    def end_forward(self) -> None:
+        """Nothing, as for the paged wrapper."""
+
     def begin_forward(
         self,
         unique_kv_indptr: Any,
@@ -106,6 +109,9 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
     ) -> None:
         """Take another workspace from the next plan on, as the paged wrapper does."""
         self._unique.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
+
+    def end_forward(self) -> None:
+        """Nothing, as for the paged wrapper."""
 
     def begin_forward(
         self,

@@ -30,6 +30,8 @@ paged_kv_indices_buf, paged_kv_last_page_len_buf, custom_mask_buf, mask_indptr_b
         Not served; anything but the default raises `NotImplementedError`.
     """
 
+    needs_sinks = True
+
     def __init__(
         self,
         float_workspace_buffer: Any = None,

@@ -20,6 +20,7 @@ from cupaged.spec import (
 
 _MAX_INT = 2**30
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_MAX_FACTOR = _MAX_FLOAT32 / 2
 _MIN_FLOAT32 = float(np.finfo(np.float32).tiny)
 
 
@@ -46,8 +47,11 @@ def flag(value: object, name: str) -> bool:
     return bool(value)
 
 
-def scale(value: object, name: str) -> float:
-    """`value`, a number or an array of one element, as a finite number of float32's range."""
+def scale(value: object, name: str, highest: float = _MAX_FLOAT32) -> float:
+    """`value`, a number or an array of one element, as a finite number of float32's range.
+
+    Its magnitude is `highest` at most.
+    """
     try:
         # An array's own; of more than one element there is none.
         number = value.item() if hasattr(value, "item") else value
@@ -60,9 +64,14 @@ def scale(value: object, name: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} = {number}, expected a finite number")
-    if abs(number) > _MAX_FLOAT32:
-        raise ValueError(f"{name} = {number}, expected at most {_MAX_FLOAT32:.4g} in magnitude")
+    if abs(number) > highest:
+        raise ValueError(f"{name} = {number}, expected at most {highest:.4g} in magnitude")
     return number
+
+
+def factor(value: object, name: str) -> float:
+    """`value` as a number that float32 can hold times log2(e): the kernels work in base 2."""
+    return scale(value, name, _MAX_FACTOR)
 
 
 def logit_scale(sm_scale: float, q_scale: object, k_scale: object) -> float:
@@ -72,13 +81,7 @@ def logit_scale(sm_scale: float, q_scale: object, k_scale: object) -> float:
         product *= scale(q_scale, "q_scale")
     if k_scale is not None:
         product *= scale(k_scale, "k_scale")
-    # The kernels work in base 2, with the factor times log2(e).
-    highest = _MAX_FLOAT32 / 2
-    if abs(product) > highest:
-        raise ValueError(
-            f"sm_scale * q_scale * k_scale = {product}, expected at most {highest:.4g} in magnitude"
-        )
-    return product
+    return factor(product, "sm_scale * q_scale * k_scale")
 
 
 def choice(value: object, name: str, choices: tuple[str, ...]) -> str:
@@ -189,7 +192,7 @@ def _attention_spec(
     )
     soft_cap = 0.0
     if features.logits_soft_cap is not None:
-        soft_cap = scale(features.logits_soft_cap, "logits_soft_cap")
+        soft_cap = factor(features.logits_soft_cap, "logits_soft_cap")
     return AttentionSpec(
         num_qo_heads=qo_heads,
         num_kv_heads=kv_heads,

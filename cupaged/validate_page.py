@@ -55,6 +55,10 @@ def appended(key: Any, value: Any) -> None:
         raise ValueError(
             f"append_key has shape {shape}, expected three axes: (nnz, num_kv_heads, head_dim)"
         )
+    if value.ndim == 3 and value.shape[:2] == shape[:2] and value.shape[2] != shape[2]:
+        raise NotImplementedError(
+            f"append_value has head_dim {value.shape[2]}, served is that of append_key, {shape[2]}"
+        )
     if value.shape != shape:
         raise ValueError(
             f"append_value has shape {value.shape}, expected {shape} as append_key has"

@@ -151,6 +151,7 @@ CACHE = {
     "v_cache": np.zeros((3, 8, 2, 64), np.float16),
 }
 NEW = np.ones((2, 2, 2, 64), np.float16)
+NO_PAGE = np.zeros((3, 0, 2, 64), np.float16)
 
 
 def read_only(x: Array) -> Array:
@@ -260,6 +261,21 @@ def read_only(x: Array) -> Array:
             "q_data_type = float32, served are float16, bfloat16",
         ),
         (
+            {"k": NEW, "v": NEW, "cache_seqlens": 1, "softmax_scale": 3e38},
+            ValueError,
+            "softmax_scale = 3e+38, expected at most 1.701e+38 in magnitude",
+        ),
+        (
+            {"k": NEW, "v": NEW, "cache_seqlens": 1, "softcap": 3e38},
+            ValueError,
+            "softcap = 3e+38, expected at most 1.701e+38 in magnitude",
+        ),
+        (
+            {"k_cache": NO_PAGE, "v_cache": NO_PAGE, "block_table": np.zeros((2, 1), int)},
+            ValueError,
+            "k_cache has shape (3, 0, 2, 64), expected a page_size of at least 1",
+        ),
+        (
             {"k": NEW, "v": NEW, "cache_seqlens": 1, "block_table": np.array([[0], [3]])},
             ValueError,
             "block_table has page 3, expected 0..2: the cache holds 3 pages",
@@ -281,3 +297,11 @@ def test_a_jax_cache_is_not_written() -> None:
     with pytest.raises(TypeError, match=r"^k_cache is a JAX array, which is immutable"):
         flash_attn_with_kvcache(CACHE["q"], cache, cache, NEW, NEW, cache_seqlens=1)
     assert (np.asarray(cache) == 0).all()
+
+
+def test_a_cache_without_room_has_no_key() -> None:
+    """Whatever its strides are."""
+    cache = np.ones((3, 8, 2, 64), np.float16)[:, :0]
+    out, lse = flash_attn_with_kvcache(CACHE["q"], cache, cache, return_softmax_lse=True)
+    assert (out == 0).all()
+    assert np.isneginf(lse).all()

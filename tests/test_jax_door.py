@@ -206,6 +206,15 @@ def test_errors(rng: np.random.Generator, door: Any) -> None:
     with pytest.raises(Exception, match="ValueError: q has 76 rows, expected 77 = "):
         program(q).block_until_ready()
     batch.plan(wrapper, causal=True)
+    sinking = cupaged.BatchAttentionWithAttentionSinkWrapper(
+        backend="reference", q_data_type="float16", kv_data_type="float16",
+        head_dim_qk=64, head_dim_vo=64,
+    )  # fmt: skip
+    batch.plan(sinking, causal=True)
+    with pytest.raises(TypeError, match=r"^sinks is None, expected a float32 array "):
+        door(q, k, v, sinking)
+    with pytest.raises(ValueError, match=r"^paged_kv_indices\[\d+\] = \d+ .* holds 3 pages$"):
+        door(q, k[:3], v[:3], wrapper)
     with pytest.raises(ValueError, match="do not support JVP"):
         jax.grad(lambda q: door(q, k, v, wrapper).sum().astype(float))(q)
     with pytest.raises(NotImplementedError, match=r"^vmap is only supported for "):

@@ -67,6 +67,11 @@ APPEND_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "append_value has shape (4, 2, 64), expected (5, 2, 64) as append_key has",
     ),
     (
+        {"append_value": tokens(5, 2, 32)},
+        NotImplementedError,
+        "append_value has head_dim 32, served is that of append_key, 64",
+    ),
+    (
         {"append_key": tokens(dtype=np.float32)},
         TypeError,
         "append_key is float32, expected float16 as the cache is",

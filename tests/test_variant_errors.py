@@ -68,6 +68,11 @@ FEATURE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "rope_theta is an ndarray with pos_encoding_mode='NONE', expected 'ROPE_LLAMA'",
     ),
     (
+        {"logits_soft_cap": 3e38},
+        ValueError,
+        "logits_soft_cap = 3e+38, expected at most 1.701e+38 in magnitude",
+    ),
+    (
         {"rope_theta": -1.0, "pos_encoding_mode": "ROPE_LLAMA"},
         ValueError,
         "rope_theta = -1.0, expected more than 0",

@@ -19,6 +19,15 @@ BLOCKS = twins.BlockDiagonalMask.from_seqlens([2, 3], [4, 5])
 PAGED = twins.PagedBlockDiagonalPaddedKeysMask
 
 
+def with_window(left: int) -> Any:
+    """As xFormers' own class lets it be made."""
+    bias = twins.BlockDiagonalLocalAttentionPaddedKeysMask.from_seqlens_local(
+        [2, 3], 5, [4, 5], 1, 0
+    )
+    object.__setattr__(bias, "window_left", left)
+    return bias
+
+
 def paged(table: Any, page_size: int = 3, kv_len: Any = (4, 5)) -> Any:
     return PAGED.from_seqlens([2, 3], list(kv_len), np.array(table, np.int32), page_size)
 
@@ -108,6 +117,12 @@ class OtherMask(twins.BlockDiagonalMask):
             {},
             NotImplementedError,
             f"attn_bias is a OtherMask, served are None and {', '.join(FORMS)}",
+        ),
+        (
+            (Q, KV, KV, with_window(-1)),
+            {},
+            ValueError,
+            "attn_bias.window_left = -1, expected at least 0",
         ),
         (
             (Q, KV, KV, paged([[0, 1], [2, 3]])),

@@ -176,10 +176,18 @@ def _window(bias: Any, form: Form) -> tuple[int | None, int | None]:
     if not form.corner:
         return None, None
     if form.window == "sides":
-        return int(bias.window_left), int(bias.window_right)
+        return _at_least(0, bias, "window_left"), _at_least(0, bias, "window_right")
     if form.window:
-        return int(bias._window_size) - 1, 0
+        return _at_least(1, bias, form.window) - 1, 0
     return None, 0
+
+
+def _at_least(least: int, bias: Any, name: str) -> int:
+    """An attribute that xFormers' own classes don't check before they are materialized."""
+    value = int(getattr(bias, name))
+    if value < least:
+        raise ValueError(f"attn_bias.{name} = {value}, expected at least {least}")
+    return value
 
 
 def _differences(starts: tuple[int, ...]) -> npt.NDArray[np.int64]:
