@@ -17,10 +17,8 @@
 constexpr int EARLY_BLOCKS = HEAD_DIM != 128 ? 0 : CUPAGED_SOFT_CAP ? 1 : CTA_TILE_KV / 32;
 
 // Whether the next tiles are looked for while the products with these are under way, so that nothing
-// is waited for between them. Copying by rows leaves no registers for it; with a soft cap, and at
-// other head dimensions, it was no faster.
-constexpr bool LOOKS_AHEAD =
-    HEAD_DIM == 128 && CUPAGED_PAGE_ALIGNED && !CUPAGED_SOFT_CAP;
+// is waited for between them. With a soft cap, and at other head dimensions, it was no faster.
+constexpr bool LOOKS_AHEAD = HEAD_DIM == 128 && !CUPAGED_SOFT_CAP;
 
 // The right to issue products, which the consumers hand around; in a kernel without turns, each
 // has it always.
@@ -182,11 +180,12 @@ struct Consumer {
             begin -= CTA_TILE_KV;
             hide(q);  // else the descriptor of each step is kept, which takes too many registers
             PlaceKv after = at;
-            if (!has_both) wait_tile(at);
+            if (!has_both) wait_full(barriers.kv_full, at.stage, at.round);
             if (LOOKS_AHEAD) {
                 after.advance();
-                if (!has_both) wait_tile(after);
+                if (!has_both) wait_full(barriers.kv_full, after.stage, after.round);
             }
+            if (!CUPAGED_PAGE_ALIGNED) fence_async_proxy();  // as in wait_tile()
             const u64 k = tile(at);
             turn.take();
             wgmma_fence();
