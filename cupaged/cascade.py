@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from cupaged import (
     arrays,
+    flashinfer_modules,
     merge_cuda,
     unserved,
     validate,
@@ -390,3 +391,7 @@ paged_kv_last_page_len_buf_arr : list of int32 array, optional
         return (out, lse) if return_lse else out
 
     forward = run
+
+
+def __getattr__(name: str) -> object:
+    return flashinfer_modules.find(__name__, name)

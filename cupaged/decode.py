@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupaged import arrays, unserved, validate, validate_lengths
+from cupaged import arrays, flashinfer_modules, unserved, validate, validate_lengths
 from cupaged.graph_buffers import graph_buffers
 from cupaged.paged_attention import PagedAttention
 from cupaged.planned_attention import dtype_names
@@ -380,3 +380,7 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
             *(workspace_buffer, kv_layout, True, use_tensor_cores),
             *(indptr_buffer, indices_buffer, last_page_len_buffer),
         )
+
+
+def __getattr__(name: str) -> object:
+    return flashinfer_modules.find(__name__, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupaged import arrays, masks, unserved, validate, validate_lengths
+from cupaged import arrays, flashinfer_modules, masks, unserved, validate, validate_lengths
 from cupaged.graph_buffers import graph_buffers
 from cupaged.paged_attention import PagedAttention
 from cupaged.planned_attention import dtype_names
@@ -376,3 +376,7 @@ use_fp16_softmax, uses_spcompress
     def forward_return_lse(self, *args: Any, **options: Any) -> Any:
         """`forward()` with `return_lse=True`."""
         return self.forward(*args, **options | {"return_lse": True})
+
+
+def __getattr__(name: str) -> object:
+    return flashinfer_modules.find(__name__, name)

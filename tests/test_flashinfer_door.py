@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from dataclasses import replace
 from typing import Any
@@ -304,3 +305,25 @@ def test_fast_plan_names_what_it_reads(override: Any, error: type[Exception], me
         *(error, message, cupaged.fast_decode_plan, wrapper, *arguments),
         global_override_indptr_cpu=override,
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("cascade", "MultiLevelCascadeAttentionWrapper merge_state merge_state_in_place"),
+        ("cascade", "merge_states BatchDecodeWithSharedPrefixPagedKVCacheWrapper"),
+        ("cascade", "BatchPrefillWithSharedPrefixPagedKVCacheWrapper"),
+        ("decode", "BatchDecodeWithPagedKVCacheWrapper single_decode_with_kv_cache"),
+        ("decode", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper fast_decode_plan"),
+        ("page", "append_paged_kv_cache get_batch_indices_positions get_seq_lens"),
+        ("prefill", "BatchPrefillWithPagedKVCacheWrapper BatchPrefillWithRaggedKVCacheWrapper"),
+        ("prefill", "single_prefill_with_kv_cache single_prefill_with_kv_cache_return_lse"),
+        ("quantization", "packbits segment_packbits"),
+    ],
+)
+def test_names_are_found_in_flashinfers_modules(module: str, names: str) -> None:
+    room = importlib.import_module(f"cupaged.{module}")
+    for name in names.split():
+        assert getattr(room, name) is getattr(cupaged, name)
+    with pytest.raises(AttributeError, match=rf"^module 'cupaged.{module}' has no attribute 'no'"):
+        _ = room.no
