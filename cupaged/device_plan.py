@@ -25,8 +25,8 @@ _LOG2_E = math.log2(math.e)
 #: What a launch is given; the two maps lie one behind the other.
 _LAYOUT = ArgumentLayout(PARAMS_DTYPE.itemsize, TENSOR_MAP_BYTES, TENSOR_MAP_BYTES)
 PARAMS_BEGIN, MAPS_BEGIN, _ = _LAYOUT.begins
-# The fields of PARAMS_DTYPE that a plan decides, in their order: ten pointers and eleven numbers.
-_PLAN = struct.Struct("10Q6i4If")
+# The fields of PARAMS_DTYPE that a plan decides, in order: eleven pointers and eleven numbers.
+_PLAN = struct.Struct("11Q6i4If")
 _PLAN_BEGIN = PARAMS_BEGIN + field_offset(PARAMS_DTYPE, "items")
 
 #: Parts of the uploaded block begin at multiples of this many int32.
@@ -222,7 +222,7 @@ def _layout(schedule: Schedule, page_indices: IntArray | None) -> _Layout:
     tables = {}
     contents = spec_tables(schedule.spec)
     if schedule.mask is not None:
-        contents = {**contents, **mask_tables(schedule.mask)}
+        contents = {**contents, **mask_tables(schedule)}
     for name, table in contents.items():
         tables[name] = size
         parts.append((size, table))

@@ -16,7 +16,7 @@ from cupaged.schedule import IntArray, Schedule
 from cupaged.spec import AttentionSpec
 from cupaged.staging import Upload, upload
 from cupaged.tiles import slots
-from cupaged.variant_tables import Addresses, spec_tables, words
+from cupaged.variant_tables import Addresses, mask_tables, most_seen_words, spec_tables
 
 #: Counters of a launch, see `params.cuh`: two work counters, and the number of its items. In int32.
 _HEADER = 4
@@ -76,10 +76,16 @@ class GraphPlan(PlacedPlan):
         if tables:
             uploads = [_whole(self._tables[name], table) for name, table in tables.items()]
             upload(uploads, device, self.stream)
+        if spec.custom_mask:
+            sizes = len(buffers.custom_mask), buffers.max_pages * spec.page_size
+            seen_words = most_seen_words(buffers.max_batch, *sizes)
+            self._tables |= {
+                "mask_bits": buffers.custom_mask.data,
+                "mask_begin": buffers.mask_indptr.data,
+                # FlashInfer's buffers have no room for it.
+                "seen_keys": memory(4 * seen_words),
+            }
         extras = Addresses(**{name: table.ptr for name, table in self._tables.items()})
-        if buffers.custom_mask is not None:
-            mask, begins = buffers.custom_mask.data.ptr, buffers.mask_indptr.data.ptr
-            extras = extras._replace(mask_bits=mask, mask_begin=begins)
         self._configs = [room.config for room in rooms]
         model = device_model(device)
         base = self._block.ptr
@@ -126,8 +132,9 @@ class GraphPlan(PlacedPlan):
         if buffers.qo_indptr is not None:
             uploads.append(_whole(buffers.qo_indptr.data, lengths.qo_indptr))
         if schedule.mask is not None:
-            uploads.append(_whole(buffers.custom_mask.data, words(schedule.mask.bits)))
-            uploads.append(_whole(buffers.mask_indptr.data, schedule.mask.indptr))
+            uploads += [
+                _whole(self._tables[name], table) for name, table in mask_tables(schedule).items()
+            ]
         stream = cupy().cuda.get_current_stream()
         if stream.ptr != self.stream.ptr:
             # Runs on other streams hold that of their plan back: behind it, nobody reads any more.

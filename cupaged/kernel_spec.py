@@ -306,6 +306,7 @@ PARAMS_DTYPE = np.dtype(
             "work_counters",
             "mask_bits",
             "mask_begin",
+            "seen_keys",
             "alibi_slopes",
             "rope_turns",
         )

@@ -167,8 +167,11 @@ class _Tile:
             keys = logits_of.at(k[slot].swapaxes(0, 1), key)
             values = v[slot].astype(np.float32).swapaxes(0, 1)
             distance = key - self.position[:, None]
+            seen = self.sees(key, distance)
+            # A weight of 0 times what lies there is not 0 where that is NaN.
+            values[:, ~seen.any(axis=0)] = 0
             logits = logits_of.of(queries @ keys.swapaxes(1, 2), self.heads, distance)
-            logits = np.where(self.sees(key, distance), logits, np.float32(-np.inf))
+            logits = np.where(seen, logits, np.float32(-np.inf))
             # fmax passes over NaN, as the GPU's maximum does; the weight is NaN all the same.
             higher = np.fmax(top, np.fmax.reduce(logits, axis=-1))
             factor = _exp2_relative(top, higher)

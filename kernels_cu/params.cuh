@@ -31,6 +31,9 @@ struct Params {
     int* work_counters;
     const u8* mask_bits;        // of each request [qo_len * kv_len] bits, the lowest of a byte first
     const int* mask_begin;      // [batch]: byte of mask_bits that a request's begin at
+    // With a mask: [batch] where a request's words begin in here; these, of [kv_len] bits each, the
+    // lowest of a word first: whether any of its rows sees the key.
+    const u32* seen_keys;
     const float* alibi_slopes;  // [num_qo_heads], times log2(e)
     const Turns* rope_turns;    // [HEAD_DIM_QK / 4]
     int num_items;              // -1: work_counters has it

@@ -16,6 +16,26 @@ constexpr int TILE_KV_BYTES = CTA_TILE_KV * ROW_BYTES;
 static_assert(CTA_TILE_Q == NUM_CONSUMERS * 64 && MMA_Q == 1, "a warpgroup computes 64 rows");
 static_assert(NUM_THREADS == (NUM_CONSUMERS + 1) * WARPGROUP, "one warpgroup more brings the data");
 
+constexpr int NUM_PRODUCER_WARPS = WARPGROUP / WARP_SIZE;
+#if CUPAGED_PAGE_ALIGNED
+// The first two warps have K and V brought by the copy engine, each every other box: asking for a
+// box takes a warp so long that one could hardly keep up where a page is 16 keys. The others copy
+// Q, and the third takes the pieces of work besides.
+constexpr int KV_WARPS = 2;
+constexpr int FIRST_Q_WARP = 2;
+constexpr int KV_ARRIVALS = KV_WARPS;
+#else
+// Every warp copies its share of Q, and of K or V; the first takes the pieces of work besides. A
+// thread's copies arrive on their own.
+constexpr int FIRST_Q_WARP = 0;
+constexpr int KV_WARPS = NUM_PRODUCER_WARPS;
+// Some warps copy K and the others V: 7% faster at head_dim 128, 2 and 3% slower at 64 and 256.
+constexpr bool BY_KIND = HEAD_DIM == 128;
+constexpr int ROW_WARPS = BY_KIND ? KV_WARPS / 2 : KV_WARPS;  // that share a tile
+constexpr int KV_ARRIVALS = ROW_WARPS * WARP_SIZE;
+#endif
+constexpr int Q_WARPS = NUM_PRODUCER_WARPS - FIRST_Q_WARP;
+
 // Registers a thread, multiples of 8, in all no more than the block is launched with. Copying row
 // by row takes more than asking for boxes.
 constexpr int LAUNCH_REGISTERS = 65536 / NUM_THREADS / 8 * 8;
@@ -34,7 +54,7 @@ struct Barriers {
     u64 work_full[NUM_WORK_STAGES], work_empty[NUM_WORK_STAGES];
     u64 q_full[NUM_Q_STAGES], q_empty[NUM_Q_STAGES];
     u64 kv_full[NUM_STAGES], kv_empty[NUM_STAGES];
-    u64 v_tail[2];  // a warp's boxes of a V tile have come, and some of it is to be cleared
+    u64 cut[2];  // a warp's boxes of a tile have come, and some rows of it are to be cleared
 };
 
 struct Control {
@@ -80,4 +100,8 @@ __device__ __forceinline__ void wait_empty(const u64* empty, int stage, u32 roun
 __device__ __forceinline__ void arrive_warp(u64* barrier, int lane) {
     __syncwarp();  // every lane has done what the arrival tells
     if (lane == 0) mbarrier_arrive(shared_address(barrier));
+}
+
+__device__ __forceinline__ int num_kv_tiles(const Item& item) {
+    return (item.kv_end - item.kv_begin + CTA_TILE_KV - 1) / CTA_TILE_KV;
 }

@@ -8,6 +8,9 @@
 // what is left of the factor.
 #define CUPAGED_TRANSFORMED (CUPAGED_SOFT_CAP || CUPAGED_ALIBI)
 
+// Whether tiles may have keys that no row of a request sees, or of a query tile.
+#define CUPAGED_HIDES (CUPAGED_WINDOW || CUPAGED_CUSTOM_MASK)
+
 // Keys from `begin` to before `end` that some rows see, but for a custom mask.
 struct Span {
     int begin, end;

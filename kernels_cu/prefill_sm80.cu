@@ -114,7 +114,7 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, char* 
     // Shared memory: Q [CTA_TILE_Q] rows, then NUM_STAGES times K and V [CTA_TILE_KV] rows each.
     const u32 q_tile = shared_address(shared);
     const u32 stages = q_tile + TILE_Q_BYTES;
-    KvLoader loader(p, work, stages, warp, lane);
+    KvLoader loader(p, work, visible.kv_begin(rows.query(0)), stages, warp, lane);
     int begin = work.item.kv_begin;  // first key of the tile at hand
     if (begin < loader.kv_end) load_q(rows, q_tile, warp, lane);
 #pragma unroll

@@ -301,7 +301,7 @@ __device__ __forceinline__ void init_barriers(Barriers& barriers) {
         mbarrier_init(shared_address(&barriers.kv_full[i]), KV_ARRIVALS);
         mbarrier_init(shared_address(&barriers.kv_empty[i]), NUM_WARPS);
     }
-    for (u64& tail : barriers.v_tail) mbarrier_init(shared_address(&tail), 1);
+    for (u64& cut : barriers.cut) mbarrier_init(shared_address(&cut), 1);
     fence_mbarrier_init();
 }
 

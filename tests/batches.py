@@ -186,19 +186,26 @@ class Batch:
         page, place = self.pages[r][key // self.page_size], key % self.page_size
         return (page, place) if self.kv_layout == "NHD" else (page, slice(None), place)
 
-    def poison_hidden_keys(self, formula: Formula) -> None:
-        """Make every key NaN that no row of any request sees."""
-        seen: set[tuple[int, int]] = set()
+    def with_hidden_keys(self, formula: Formula, value: float = np.nan) -> Batch:
+        """The same batch with `value` as K and V of every key that no row of any request sees."""
+        num_pages = len(self.cache_views[0].array)
+        named, seen = (np.zeros((num_pages, self.page_size), np.bool_) for _ in range(2))
         for r, (qo_len, kv_len) in enumerate(zip(self.qo_len, self.kv_len, strict=True)):
             mask = None if formula.custom_mask is None else formula.custom_mask[r]
             by_row = visible(qo_len, kv_len, formula.causal, formula.window_left, mask)
-            keys = np.flatnonzero(by_row.any(axis=0))
-            seen |= {(self.pages[r][j // self.page_size], j % self.page_size) for j in keys}
-        k, _ = self.keys_and_values()
-        for r, kv_len in enumerate(self.kv_len):
-            for j in range(kv_len):
-                if (self.pages[r][j // self.page_size], j % self.page_size) not in seen:
-                    k[self.slot(r, j)] = np.nan
+            index, place = np.divmod(np.arange(kv_len), self.page_size)
+            page = np.array(self.pages[r], np.int64)[index]
+            named[page, place] = True
+            by_any = by_row.any(axis=0)
+            seen[page[by_any], place[by_any]] = True
+        hidden = named & ~seen
+        if not hidden.any():
+            return self
+        batch = replace(self, cache_views=tuple(view.on(np.copy) for view in self.cache_views))
+        for x in batch.keys_and_values():
+            by_slot = x if self.kv_layout == "NHD" else x.swapaxes(1, 2)
+            by_slot[hidden] = value
+        return batch
 
     def alone(self, r: int) -> Batch:
         """Request `r` as a batch of its own, with the same cache."""

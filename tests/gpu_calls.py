@@ -103,6 +103,8 @@ def attention(batch: batches.Batch, formula: Formula, **options: Any) -> Results
 
 
 def check(batch: batches.Batch, formula: Formula, **options: Any) -> None:
+    """Against the formula; keys that no row sees are NaN, as are their values."""
+    batch = batch.with_hidden_keys(formula)
     oracle.check_all(batch, formula, *attention(batch, formula, **options))
 
 

@@ -54,14 +54,12 @@ class Call:
     mask: str | None = None  # of MASKS
     packed_mask: bool = False
     sinks: float | None = None  # their mean
-    poison_hidden_keys: bool = False
 
     def batch(self) -> batches.Batch:
+        """What to call it with; keys that no row sees are NaN, as are their values."""
         rng = np.random.default_rng(self.seed)
         batch = batches.build(rng, self.qo_len, self.kv_len, **self.build_options)
-        if self.poison_hidden_keys:
-            batch.poison_hidden_keys(self.whole_formula())
-        return batch
+        return batch.with_hidden_keys(self.whole_formula())
 
     def whole_formula(self) -> Formula:
         rng = np.random.default_rng([self.seed, 1])
@@ -133,7 +131,6 @@ def _with_variants(draw: st.DrawFn, call: Call, max_kv: int, decoding: bool) -> 
         mask=None if decoding else draw(sometimes(st.sampled_from(MASKS))),
         packed_mask=draw(st.booleans()),
         sinks=draw(sometimes(st.sampled_from([-30.0, 0.0, 3.0, 60.0]))),
-        poison_hidden_keys=True,
     )
 
 

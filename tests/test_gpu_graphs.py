@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from decode_calls import DECODING, Decoder
-from gpu_calls import Wrapper, same_bits
+from gpu_calls import Wrapper, same_bits, told
 from graph_calls import (
     MOST,
     OPTIONS,
@@ -31,6 +31,7 @@ from graph_calls import (
     with_torch,
 )
 from oracle import Formula
+from variant_calls import hiding
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,6 +95,33 @@ def test_layouts_and_dtypes(
     steps = [build(rng, step, **shape) for step in steps_of(kind)]
     formula = Formula(True, 0.2, q_scale=0.5, k_scale=1.5, v_scale=-3.0, lse_base="ln")
     check_steps(of, wrapper, steps, formula)
+
+
+@both_families
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["mask", "mask and window", "causal window"])
+def test_keys_that_no_row_sees(
+    of: Framework, rng: np.random.Generator, name: str, options: dict[str, Any]
+) -> None:
+    """Others with every plan. They and their values are NaN."""
+    buffers = {}
+    if name.startswith("mask"):
+        buffers["custom_mask_buf"] = of.empty((ROWS * PAGES * PAGE_SIZE,), "uint8")
+        buffers["mask_indptr_buf"] = of.empty((MOST + 1,), "int32")
+    wrapper = graphed("prefill", **buffers)
+    first = build(rng, PREFILL_STEPS[0], group=4, head_dim=128)
+    first.plan(wrapper, **hiding(rng, name, first).plan_options, **options)
+    layer = Layer(of, first)
+    replay = layer.record(of, wrapper)
+    for step in PREFILL_STEPS:
+        batch = build(rng, step, group=4, head_dim=128)
+        formula = hiding(rng, name, batch)
+        with told(step):
+            batch.plan(wrapper, **formula.plan_options, **options)
+            hidden = batch.with_hidden_keys(formula)
+            layer.put(hidden)
+            replay()
+            layer.check(hidden, formula)
 
 
 @both_families

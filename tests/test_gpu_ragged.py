@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Formula
 from ragged_calls import Ragged, Wrapper
+from variant_calls import masks_of
 
 import cupaged
 from cupaged import arrays
@@ -125,8 +126,9 @@ def test_a_recorded_run_follows_every_plan(
         batch = batches.build(rng, qo_len, kv_len, group=2)
         masks = None
         if masked:
-            masks = tuple(rng.random(pair) < 0.5 for pair in lengths)
+            masks = masks_of(rng, batch)
         formula = Formula(causal=True, custom_mask=masks)
+        batch = batch.with_hidden_keys(formula)
         starts = [np.cumsum([0, *lengths]) for lengths in (qo_len, kv_len)]
         wrapper.plan(*starts, 4, 2, 64, **formula.plan_options)
         gathered = [batch.gathered(r) for r in range(len(lengths))]

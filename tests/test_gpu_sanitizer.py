@@ -19,8 +19,9 @@ import oracle
 import pytest
 import strategies
 from decode_calls import DECODING
-from gpu_calls import planned, schedule_of, to_gpu, to_host
+from gpu_calls import check, planned, schedule_of, to_gpu, to_host
 from oracle import Formula
+from variant_calls import hiding
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("family", "exact_allocations")]
 
@@ -103,6 +104,21 @@ def test_variants_together(
             on_gpu = batch.on(to_gpu)
             out, lse = wrapper.run(on_gpu.q, on_gpu.cache, return_lse=True, sinks=to_gpu(sinks))
             oracle.check_all(batch, formula, to_host(out), to_host(lse))
+
+
+@pytest.mark.parametrize("name", ["causal window", "window and soft cap", "mask and window"])
+@pytest.mark.parametrize("page_size", [16, 24, 5])
+@pytest.mark.parametrize("shape", LENGTHS)
+def test_keys_that_no_row_sees(
+    cp: Any, rng: np.random.Generator, family: str, shape: str, page_size: int, name: str
+) -> None:
+    batch = batches.build(
+        rng, *LENGTHS[shape], page_size=page_size, num_kv_heads=1, group=3, head_dim=128,
+        spare_pages=0,
+    )  # fmt: skip
+    formula = hiding(rng, name, batch)
+    for options in ({"disable_split_kv": True}, {"fixed_split_size": 48 // page_size}):
+        check(batch, formula, **options)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -8,6 +8,7 @@ from typing import Any
 import batches
 import decode_calls
 import numpy as np
+import oracle
 import pytest
 import strategies
 from decode_calls import Decoder
@@ -17,6 +18,7 @@ from gpu_calls import (
     check,
     families,
     planned,
+    run,
     same_bits,
     schedule_of,
     served_by,
@@ -26,7 +28,7 @@ from gpu_calls import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Formula
-from variant_calls import mixed
+from variant_calls import HIDING, hidden_forms, hiding, masks_of, mixed
 
 import cupaged
 from cupaged import kernels, source
@@ -59,16 +61,6 @@ def test_random_calls_of_decoding(cp: Any, drawn: tuple[strategies.Call, int]) -
     call, q_len = drawn
     decoder = Decoder(q_len, kv_layout=call.build_options["kv_layout"], backend="cuda")
     strategies.check_call(call, decoder, to_gpu, to_host)
-
-
-def masks_of(rng: np.random.Generator, batch: batches.Batch) -> tuple[np.ndarray, ...]:
-    """Bits by chance, and a stretch of keys that no row sees."""
-    masks = []
-    for lengths in zip(batch.qo_len, batch.kv_len, strict=True):
-        mask = rng.random(lengths) < 0.6
-        mask[:, 20:150] = False
-        masks.append(mask)
-    return tuple(masks)
 
 
 FORMULAS = {
@@ -298,17 +290,46 @@ def test_the_same_call_gives_the_same_bits(rng: np.random.Generator, family: str
     assert all(other == first for other in others)
 
 
-def test_hidden_tiles_are_not_read(rng: np.random.Generator, family: str) -> None:
-    """Pages that a window hides from all rows may hold anything."""
-    batch = batches.build(rng, [20, 1], [900, 700], group=2, num_kv_heads=1, head_dim=128)
-    formula = Formula(causal=True, window_left=64)
-    batch.poison_hidden_keys(formula)
-    for pages in batch.keys_and_values():
-        for r, (qo_len, kv_len) in enumerate(zip(batch.qo_len, batch.kv_len, strict=True)):
-            hidden = (kv_len - qo_len - 64 - 2 * 128) // batch.page_size
-            pages[list(batch.pages[r][:hidden])] = np.nan
+# Keys that no row of their request sees, whose K and V are NaN in `check()`, too
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 16, 24, 64])
+@pytest.mark.parametrize("name", HIDING)
+def test_what_hidden_keys_hold_changes_no_bit(
+    rng: np.random.Generator, family: str, name: str, page_size: int
+) -> None:
+    batch = mixed(
+        rng,
+        head_dim=int(rng.choice([64, 128, 256])),
+        page_size=page_size,
+        kv_layout=str(rng.choice(["NHD", "HND"])),
+        cache_form=str(rng.choice(batches.CACHE_FORMS)),
+        dtype=str(rng.choice(DTYPES)),
+    )
+    formula = hiding(rng, name, batch)
     for options in SPLITS:
-        check(batch, formula, **options)
+        wrapper = planned(batch, formula, **options)
+        first, *others = (run(wrapper, one, formula) for one in hidden_forms(batch, formula))
+        oracle.check_all(batch, formula, *first)
+        assert all(same_bits(first, other) for other in others)
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 24, 64, 5])
+@pytest.mark.parametrize("cap", [None, 4.0])
+def test_windows_that_begin_and_end_anywhere(
+    rng: np.random.Generator, family: str, cap: float | None, page_size: int
+) -> None:
+    """In one box of the Hopper kernels' copies, in two, and in boxes of either of their warps."""
+    kv_len = rng.integers(1, 200, 40)
+    qo_len = rng.integers(1, kv_len, endpoint=True)
+    batch = batches.build(
+        rng, qo_len.tolist(), kv_len.tolist(), group=4, num_kv_heads=1, head_dim=128,
+        page_size=page_size,
+    )  # fmt: skip
+    for window_left in (0, 3, 10, 40):
+        formula = Formula(bool(rng.random() < 0.5), window_left=window_left, logits_soft_cap=cap)
+        check(batch, formula)
+        check(batch, formula, fixed_split_size=-(-48 // page_size))
 
 
 def test_a_plan_is_refused_before_anything_is_launched(cp: Any) -> None:

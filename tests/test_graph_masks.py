@@ -15,6 +15,7 @@ from test_graph_buffers import OWN, buffers_of
 from test_graph_plans import PLAN_FIELDS, record
 
 import cupaged
+from cupaged.variant_tables import mask_tables
 
 #: Bits of each request's mask in the small call.
 SIZES = (60, 80, 0)
@@ -61,6 +62,7 @@ def test_a_plan_writes_its_mask_where_kernels_read_it(
     buffers = mask_buffers()
     bits, begins = buffers.values()
     wrapper = kind(use_cuda_graph=True, **sizes(), **buffers)
+    places = set()
     for _ in range(3):
         mask = rng.random(sum(SIZES)) < 0.5
         wrapper.plan(**arguments(custom_mask=mask))
@@ -71,6 +73,10 @@ def test_a_plan_writes_its_mask_where_kernels_read_it(
         for launch in wrapper._plan.on_device(0).launches:
             params = dict(zip(PLAN_FIELDS, launch.parameters, strict=True))
             assert (params["mask_bits"], params["mask_begin"]) == (bits.data.ptr, begins.data.ptr)
+            places.add(params["seen_keys"])
+            seen = mask_tables(wrapper._plan.schedule)["seen_keys"]
+            np.testing.assert_array_equal(machine.read(params["seen_keys"], "i4", len(seen)), seen)
+    assert len(places) == 1
 
 
 @every_kind

@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import strategies
+from formula import visible
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Formula
@@ -50,6 +51,15 @@ def tensors(
         x[...] = rng.standard_normal(x.shape).astype(kv_element)
     plain = [x if kv_layout == "NHD" else x.swapaxes(0, 1) for x in given]
     return (q, *given), (q, *plain)
+
+
+def hide(plain: Arrays, formula: Formula) -> None:
+    """Make keys and values NaN that no row sees, in place."""
+    q, k, v = plain
+    mask = None if formula.custom_mask is None else formula.custom_mask[0]
+    seen = visible(len(q), len(k), formula.causal, formula.window_left, mask)
+    for x in (k, v):
+        x[~seen.any(axis=0)] = np.nan
 
 
 def check(arrays: Arrays, formula: Formula, out: np.ndarray, lse: np.ndarray | None) -> None:
@@ -115,6 +125,7 @@ def test_random_prefill_equals_the_formula(
     sinks = rng.normal(0, 2, shape["heads"][0]).astype(np.float32) if with_sinks else None
     own = {"causal": causal, "sinks": sinks}
     formula = Formula(**options, **own, custom_mask=None if mask is None else (mask,))
+    hide(plain, formula)
     given = {**options, **own, "kv_layout": shape["kv_layout"]}
     alone = single_prefill_with_kv_cache(*arrays, custom_mask=mask, **given)
     check(plain, formula, alone, None)
@@ -145,9 +156,11 @@ def test_random_decoding_equals_the_formula(
     (q, k, v), plain = tensors(rng, 1, kv_len, **shape)
     sinks = rng.normal(0, 2, shape["heads"][0]).astype(np.float32) if with_sinks else None
     own = {"sinks": sinks, "q_scale": q_scale}
+    formula = Formula(**options, **own)
+    hide(plain, formula)
     given = {**options, **own, "kv_layout": shape["kv_layout"]}
     out, lse = single_decode_with_kv_cache(q[0], k, v, return_lse=True, **given)
-    check(plain, Formula(**options, **own), out[None], lse[None])
+    check(plain, formula, out[None], lse[None])
     assert single_decode_with_kv_cache(q[0], k, v, **given).tobytes() == out.tobytes()
 
 

@@ -18,7 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Formula
 from test_reference import attention, wrapper_for
-from variant_calls import LN_2, check, mixed, same_bits, with_and_without_splits
+from variant_calls import (
+    HIDING,
+    LN_2,
+    check,
+    hidden_forms,
+    hiding,
+    mixed,
+    same_bits,
+    with_and_without_splits,
+)
 
 import cupaged
 
@@ -179,33 +188,27 @@ def test_packed_and_flat_masks_give_the_same_bits(rng: np.random.Generator) -> N
     assert lse.tobytes() == flat[1].tobytes()
 
 
+# Keys that no row of their request sees, whose K and V are NaN in `check()`, too
+
+
 @with_and_without_splits
-@pytest.mark.parametrize("masked", [False, True])
-def test_tiles_that_are_hidden_whole_are_never_loaded(
-    rng: np.random.Generator, masked: bool, splits: dict[str, Any]
+@pytest.mark.parametrize("page_size", [1, 8, 16, 24, 64])
+@pytest.mark.parametrize("name", HIDING)
+def test_what_hidden_keys_hold_changes_no_bit(
+    rng: np.random.Generator, name: str, page_size: int, splits: dict[str, Any]
 ) -> None:
-    """Values of NaN a whole tile away from what any row sees, as in slots that are given back."""
-    widest = 128
-    batch = batches.build(rng, [1, 9], [1500, 1700], group=4, page_size=16)
-    _, v = batch.keys_and_values()
-    if masked:
-        shown = np.zeros(1700, np.bool_)
-        shown[[700, 1200, 1210]] = True
-        masks = tuple(
-            np.broadcast_to(shown[:kv], (qo, kv))
-            for qo, kv in zip(batch.qo_len, batch.kv_len, strict=True)
-        )
-        formula = Formula(custom_mask=masks)
-    else:
-        formula = Formula(causal=True, window_left=90)
-    for r, (qo_len, kv_len) in enumerate(zip(batch.qo_len, batch.kv_len, strict=True)):
-        mask = masks[r] if masked else None
-        seen = oracle.visible(qo_len, kv_len, not masked, formula.window_left, mask).any(axis=0)
-        near = np.convolve(seen, np.ones(2 * widest + 1), "same") > 0
-        assert not near.all()
-        for key in np.flatnonzero(~near):
-            v[batch.slot(r, int(key))] = np.nan
-    check(batch, formula, **splits)
+    batch = mixed(
+        rng,
+        page_size=page_size,
+        kv_layout=str(rng.choice(["NHD", "HND"])),
+        cache_form=str(rng.choice(batches.CACHE_FORMS)),
+        dtype=str(rng.choice(["float16", "bfloat16"])),
+    )
+    formula = hiding(rng, name, batch)
+    first, *others = (attention(one, formula, **splits) for one in hidden_forms(batch, formula))
+    oracle.check_all(batch, formula, *first)
+    for other in others:
+        assert [x.tobytes() for x in other] == [x.tobytes() for x in first]
 
 
 # Positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,8 @@ with_and_without_splits = pytest.mark.parametrize(
 
 
 def check(batch: batches.Batch, formula: Formula, **plan_options: Any) -> None:
+    """Against the formula; keys that no row sees are NaN, as are their values."""
+    batch = batch.with_hidden_keys(formula)
     oracle.check_all(batch, formula, *attention(batch, formula, **plan_options))
 
 
@@ -31,6 +34,55 @@ def same_bits(batch: batches.Batch, *formulas: Formula) -> bool:
         for one, other in pairwise(results)
         for a, b in zip(one, other, strict=True)
     )
+
+
+def masks_of(
+    rng: np.random.Generator, batch: batches.Batch, window_left: int = 50
+) -> tuple[np.ndarray, ...]:
+    """Bits by chance, and keys that no row sees: a stretch, and others by chance.
+
+    Some are there only for rows that causality hides them from, and some only for rows whose
+    window, of `window_left`, has left them behind.
+    """
+    masks = []
+    for qo_len, kv_len in zip(batch.qo_len, batch.kv_len, strict=True):
+        mask = rng.random((qo_len, kv_len)) < 0.6
+        mask[:, 20:150] = False
+        own, key = kv_len - qo_len + np.arange(qo_len)[:, None], np.arange(kv_len)
+        kind = rng.integers(0, 10, kv_len)
+        mask &= (kind > 3) | ((kind == 2) & (key > own)) | ((kind == 3) & (key < own - window_left))
+        masks.append(mask)
+    return tuple(masks)
+
+
+#: What leaves keys that no row of their request sees; `hiding()` adds the mask.
+HIDING = {
+    "window": Formula(window_left=50),
+    "causal window": Formula(True, window_left=50),
+    "window of one key": Formula(True, window_left=0),
+    "window and soft cap": Formula(True, window_left=50, logits_soft_cap=3.0),
+    "window and alibi": Formula(True, window_left=50, pos_encoding_mode="ALIBI"),
+    "window and rope": Formula(True, window_left=50, pos_encoding_mode="ROPE_LLAMA"),
+    "mask": Formula(),
+    "mask and causal": Formula(True),
+    "mask and soft cap": Formula(logits_soft_cap=3.0),
+    "mask and window": Formula(True, window_left=50),
+    "mask, window and the rest": Formula(
+        True, window_left=50, logits_soft_cap=3.0, pos_encoding_mode="ALIBI"
+    ),
+}
+
+
+def hiding(rng: np.random.Generator, name: str, batch: batches.Batch) -> Formula:
+    """A formula of `HIDING`, for a batch."""
+    masks = masks_of(rng, batch) if name.startswith("mask") else None
+    return replace(HIDING[name], custom_mask=masks)
+
+
+def hidden_forms(batch: batches.Batch, formula: Formula) -> list[batches.Batch]:
+    """The batch with one thing and another as K and V of the keys that no row sees."""
+    values = (0.0, np.nan, np.inf, -np.inf, 3e4)
+    return [batch.with_hidden_keys(formula, value) for value in values]
 
 
 def mixed(rng: np.random.Generator, **options: Any) -> batches.Batch:
