@@ -77,7 +77,8 @@ class PlacedPlan:
     Attributes
     ----------
     page_shape : tuple of int
-        Axes of K and V behind the pages, in the kernels' order: tokens, heads, elements.
+        Axes of K and V behind the pages, in the kernels' order: tokens, heads, elements of K and
+        of V.
     heads_first : bool
         The layout of K and V is HND.
     ragged : bool
@@ -100,7 +101,8 @@ class PlacedPlan:
     launches: tuple[ReadyLaunch, ...]
 
     def __init__(self, spec: AttentionSpec, device: int) -> None:
-        self.page_shape = (spec.page_size, spec.num_kv_heads, spec.head_dim_qk)
+        head_dims = (spec.head_dim_qk, spec.head_dim_vo)
+        self.page_shape = (spec.page_size, spec.num_kv_heads, *head_dims)
         self.heads_first = spec.kv_layout == "HND"
         self.ragged = spec.page_size == RAGGED
         self.kv_itemsize = DTYPES[spec.kv_dtype].itemsize

@@ -33,7 +33,7 @@ ITEM_DTYPE = np.dtype(
 
 
 def padded_row_bytes(head_dim: int, dtype: str) -> int:
-    """Bytes of a row in shared memory.
+    """Bytes of a row in shared memory, where it isn't in panels.
 
     A power of two, so that a warp copies whole rows, and at least 128, so that the swizzle of eight
     rows reaches every bank.
@@ -201,12 +201,13 @@ class KernelConfig:
     @property
     def constants(self) -> dict[str, int]:
         """Constants of the source."""
+        q_row, k_row, v_row = self._row_bytes
         return {
             "HEAD_DIM_QK": self.head_dim_qk,
             "HEAD_DIM_VO": self.head_dim_vo,
-            "Q_ROW_BYTES": padded_row_bytes(self.head_dim_qk, self.dtype),
-            "K_ROW_BYTES": padded_row_bytes(self.head_dim_qk, self.kv_dtype),
-            "V_ROW_BYTES": padded_row_bytes(self.head_dim_vo, self.kv_dtype),
+            "Q_ROW_BYTES": q_row,
+            "K_ROW_BYTES": k_row,
+            "V_ROW_BYTES": v_row,
             "O_ROW_BYTES": padded_row_bytes(self.head_dim_vo, self.dtype),
             "CTA_TILE_Q": self.cta_tile_q,
             "CTA_TILE_KV": self.cta_tile_kv,
@@ -220,6 +221,21 @@ class KernelConfig:
             "SHARED_BYTES": self.shared_bytes,
             "CTAS_PER_SM": self.ctas_per_sm,
         }
+
+    @property
+    def _row_bytes(self) -> tuple[int, int, int]:
+        """Of a row of Q, of K and of V in shared memory."""
+        if self.producer_warps:
+            # In panels, see wgmma.cuh, which need no power of two; but results, which do, leave by
+            # way of Q's rows.
+            itemsize = DTYPES[self.dtype].itemsize
+            k, v = self.head_dim_qk * itemsize, self.head_dim_vo * itemsize
+            return max(k, padded_row_bytes(self.head_dim_vo, self.dtype)), k, v
+        return (
+            padded_row_bytes(self.head_dim_qk, self.dtype),
+            padded_row_bytes(self.head_dim_qk, self.kv_dtype),
+            padded_row_bytes(self.head_dim_vo, self.kv_dtype),
+        )
 
     @property
     def structs(self) -> dict[str, np.dtype]:
@@ -256,11 +272,9 @@ class KernelConfig:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block: the Q stages, the K and V stages, and barriers."""
-        q_row = padded_row_bytes(self.head_dim_qk, self.dtype)
-        k_row = padded_row_bytes(self.head_dim_qk, self.kv_dtype)
-        v_row = padded_row_bytes(self.head_dim_vo, self.kv_dtype)
+        q_row, k_row, v_row = self._row_bytes
         # In the sm_90 family a stage is for a tile of either.
-        kv_row = k_row if self.producer_warps else k_row + v_row
+        kv_row = max(k_row, v_row) if self.producer_warps else k_row + v_row
         tiles = (
             self.num_q_stages * self.cta_tile_q * q_row
             + self.num_stages * self.cta_tile_kv * kv_row

@@ -38,9 +38,10 @@ def _head_dims(*served: tuple[int, int]) -> Callable[[Needs], bool]:
 
 
 FEATURES = (
-    Feature("`head_dim` 64, 128, 256", _head_dims((64, 64), (128, 128), (256, 256)), _ALL),
-    Feature("`head_dim` 96", _head_dims((96, 96)), _BUT_SM90),
-    Feature("`head_dim_qk=192, head_dim_vo=128`", _head_dims((192, 128)), _BUT_SM90),
+    Feature(
+        "`head_dim` 64, 96, 128, 256", _head_dims((64, 64), (96, 96), (128, 128), (256, 256)), _ALL
+    ),
+    Feature("`head_dim_qk=192, head_dim_vo=128`", _head_dims((192, 128)), _ALL),
     Feature("`window_left`", lambda needs: needs.variant.window, _ALL),
     Feature("`logits_soft_cap`", lambda needs: needs.variant.soft_cap, _ALL),
     Feature(

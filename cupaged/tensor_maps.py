@@ -13,11 +13,12 @@ from typing import Any
 
 TENSOR_MAP_BYTES = 128
 _ALIGNMENT = 64  # what the driver wants of the place it encodes into
-_PANEL = 64  # elements of a row that lie together in shared memory: 128 bytes
-_GROUP = 8  # rows that the 128-byte swizzle spans
-# Of CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion and
-# CUtensorMapFloatOOBfill.
-_UINT16, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_256B, _FILL_ZEROS = 1, 0, 3, 3, 0
+_GROUP = 8  # rows that a swizzle spans
+# Of CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapL2promotion and CUtensorMapFloatOOBfill.
+_UINT16, _NO_INTERLEAVE, _PROMOTE_256B, _FILL_ZEROS = 1, 0, 3, 0
+# Elements of a row that lie together in shared memory → CUtensorMapSwizzle: over as many bytes as
+# they take.
+_SWIZZLE = {64: 3, 32: 2}
 
 
 @cache
@@ -40,7 +41,7 @@ def pair(
     k_address: int,
     v_address: int,
     num_pages: int,
-    page_shape: tuple[int, int, int],
+    page_shape: tuple[int, int, int, int],
     k_page: int,
     k_token: int,
     k_head: int,
@@ -56,13 +57,16 @@ def pair(
     k_address, v_address, num_pages, rows : int
         As `pages` takes them.
     page_shape : tuple of int
-        (page_size, num_kv_heads, head_dim)
+        (page_size, num_kv_heads, head_dim_qk, head_dim_vo)
     k_page, k_token, k_head, v_page, v_token, v_head : int
         Strides in bytes.
     """
-    shape = (num_pages, *page_shape)
-    k = pages(k_address, shape, (k_page, k_token, k_head), rows)
-    v = pages(v_address, shape, (v_page, v_token, v_head), rows)
+    page_size, num_heads, head_dim_qk, head_dim_vo = page_shape
+    k_shape, v_shape = (
+        (num_pages, page_size, num_heads, dim) for dim in (head_dim_qk, head_dim_vo)
+    )
+    k = pages(k_address, k_shape, (k_page, k_token, k_head), rows)
+    v = pages(v_address, v_shape, (v_page, v_token, v_head), rows)
     return None if k is None or v is None else k + v
 
 
@@ -74,8 +78,9 @@ def pages(
 ) -> bytes | None:
     """The tensor map of a paged K or V cache of 16-bit elements.
 
-    Its dimensions are 64 elements; 8 tokens; a row's parts of 64 elements, of all heads; groups of
-    8 tokens in a page; pages. So one box holds `rows` tokens of a head, `wgmma.cuh` says how.
+    Its dimensions are a panel's 64 elements; 8 tokens; the panels of a row, of all heads; groups of
+    8 tokens in a page; pages. Heads that are no multiple of 64 wide have panels of 32. So one box
+    holds `rows` tokens of a head, `wgmma.cuh` says how.
 
     Parameters
     ----------
@@ -95,19 +100,20 @@ def pages(
     """
     num_pages, page_size, num_heads, head_dim = shape
     page, token, head = strides
-    panel_bytes = _PANEL * 2
+    panel = 32 if head_dim % 64 else 64
+    panel_bytes = panel * 2
     if num_heads == 1:
         head = 0
     if head % panel_bytes or head < 0 or not num_pages:
         return None
-    panels = (num_heads - 1) * head // panel_bytes + head_dim // _PANEL
+    panels = (num_heads - 1) * head // panel_bytes + head_dim // panel
     storage = ctypes.create_string_buffer(TENSOR_MAP_BYTES + _ALIGNMENT)
     place = -ctypes.addressof(storage) % _ALIGNMENT
-    dims = (_PANEL, _GROUP, panels, page_size // _GROUP, num_pages)
+    dims = (panel, _GROUP, panels, page_size // _GROUP, num_pages)
     steps = (token, panel_bytes, _GROUP * token, page)
     if min(steps) < 0:
         return None
-    box = (_PANEL, _GROUP, head_dim // _PANEL, rows // _GROUP, 1)
+    box = (panel, _GROUP, head_dim // panel, rows // _GROUP, 1)
     status = _driver_encode()(
         ctypes.addressof(storage) + place,
         _UINT16,
@@ -118,7 +124,7 @@ def pages(
         (ctypes.c_uint32 * 5)(*box),
         (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1),
         _NO_INTERLEAVE,
-        _SWIZZLE_128B,
+        _SWIZZLE[panel],
         _PROMOTE_256B,
         _FILL_ZEROS,
     )

@@ -37,7 +37,8 @@ class _Tile:
     num_q_stages: int = 1
 
 
-#: Heads that take the tiles of wider ones, to which their rows are padded in shared memory.
+#: Heads that take the tiles of wider ones, to which the sm_80 family pads their rows in shared
+#: memory.
 _PADDED = {(96, 96): (128, 128)}
 
 # "long" of the sm_80 family: rows are divided over the warps. At head_dim 64 and 128 each warp
@@ -47,15 +48,18 @@ _PADDED = {(96, 96): (128, 128)}
 # other's softmax and barriers.
 # "long" of the sm_90 family: a warpgroup computes 64 rows, and what its registers and the shared
 # memory hold decides the keys of a tile. Three warpgroups hide each other's softmax better than two
-# with twice the keys do (bench/NOTES-sm90.md); at 256 the output leaves no registers for a third.
+# with twice the keys do (bench/NOTES-sm90.md); at 256 the output leaves no registers for a third,
+# and 192 rows of 192 elements no shared memory for a second tile of Q.
 # "brief": for a small batch of few keys, where it pays to compute less past their ends; where there
 # is none, "long" stands in.
 # "short": 16 rows, the keys divided over the warps: decoding and very short queries are bound by
 # the reading of K and V, so the tile is as short as the matrix unit allows and the stages deep.
-_D64, _D128, _D192, _D256 = (64, 64), (128, 128), (192, 128), (256, 256)
+_D64, _D96, _D128, _D192, _D256 = (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)
 _TILES: dict[tuple[str, tuple[int, int], Shape], _Tile] = {
     ("sm90", _D64, "long"): _Tile(192, 128, 12, 1, 6, 1, "prefill_sm90", 2),
+    ("sm90", _D96, "long"): _Tile(192, 64, 12, 1, 8, 1, "prefill_sm90", 2),
     ("sm90", _D128, "long"): _Tile(192, 64, 12, 1, 8, 1, "prefill_sm90", 2),
+    ("sm90", _D192, "long"): _Tile(192, 64, 12, 1, 6, 1, "prefill_sm90"),
     ("sm90", _D256, "long"): _Tile(128, 80, 8, 1, 4, 1, "prefill_sm90"),
     ("sm90", _D128, "brief"): _Tile(128, 64, 8, 1, 8, 1, "prefill_sm90", 2),
     ("large", _D64, "long"): _Tile(128, 64, 4, 1, 2, 2),
@@ -100,9 +104,12 @@ _ROTATED = _ROOMY | {
     (name, _D64, "long"): _Tile(128, 64, 8, 1, 2, 1) for name in ("large", "medium", "small")
 }
 
-#: In the place of sm90's "long" at head_dim 128 where keys are copied row by row, which takes the
-#: longer the smaller the tile is.
-_ROW_BY_ROW = _Tile(192, 80, 12, 1, 6, 1, "prefill_sm90", 2)
+#: In the place of sm90's "long" where keys are copied row by row, which takes the longer the
+#: smaller the tile is.
+_ROW_BY_ROW = {
+    _D128: _Tile(192, 80, 12, 1, 6, 1, "prefill_sm90", 2),
+    _D192: _Tile(192, 80, 12, 1, 5, 1, "prefill_sm90"),
+}
 
 #: Page sizes that between them ask for every configuration there is.
 TYPICAL_PAGE_SIZES = (16, 8, 1)
@@ -127,8 +134,7 @@ def _does_more(arch: int, needs: Needs) -> bool:
 
 
 def _tile(arch: int, needs: Needs, shape: Shape) -> _Tile:
-    head_dims = (needs.head_dim_qk, needs.head_dim_vo)
-    head_dims = _PADDED.get(head_dims, head_dims)
+    own = (needs.head_dim_qk, needs.head_dim_vo)
     classes = [tile_class(arch)]
     if classes == ["sm90"]:
         # The sm_80 family, with as much shared memory, has what the other one lacks.
@@ -136,6 +142,7 @@ def _tile(arch: int, needs: Needs, shape: Shape) -> _Tile:
     shapes: list[Shape] = [shape] if shape == "short" else [shape, "long"]
     for candidate in shapes:
         for name in classes:
+            head_dims = own if name == "sm90" else _PADDED.get(own, own)
             tile = _TILES.get((name, head_dims, candidate))
             if needs.variant.soft_cap:
                 tile = _CAPPED.get((name, head_dims, candidate), tile)
@@ -162,8 +169,9 @@ def kernel_config(arch: int, needs: Needs, shape: Shape) -> KernelConfig:
         aligned = False  # a box would end where the last request does not
     if aligned:
         return config
-    if tile is _TILES["sm90", _D128, "long"] and not needs.variant.soft_cap:
-        config = _config(_ROW_BY_ROW, needs)
+    head_dims = (needs.head_dim_qk, needs.head_dim_vo)
+    if tile is _TILES.get(("sm90", head_dims, "long")) and not needs.variant.soft_cap:
+        config = _config(_ROW_BY_ROW.get(head_dims, tile), needs)
     return replace(config, page_aligned=False)
 
 

@@ -14,30 +14,41 @@ __device__ __forceinline__ int first_seen_key(const Params& p, const Work& work)
     return Visibility(p, work).kv_begin(RowMap(p, work).query(0));
 }
 
+// Lanes that copy a row: one a chunk where that is a power of two and the same for K and V, else
+// they copy panel by panel.
+constexpr bool WHOLE_ROWS =
+    KTile::CHUNKS == VTile::CHUNKS && (KTile::CHUNKS & (KTile::CHUNKS - 1)) == 0;
+constexpr int ROW_LANES = WHOLE_ROWS ? KTile::CHUNKS : PANEL_CHUNKS;
+constexpr int ROWS_PER_PASS = WARP_SIZE / ROW_LANES;
+
 // Copying rows: WARPS warps take ROWS_PER_PASS neighbouring rows each in every pass, 16 bytes a
-// lane. Each lane finds the place of one of its warp's rows, this one of those to copy.
+// lane at a time. Each lane finds the place of one of its warp's rows, this one of those to copy.
 template <int WARPS>
 __device__ __forceinline__ int row_to_find(int warp, int lane) {
-    return (lane % ROW_CHUNKS * WARPS + warp) * ROWS_PER_PASS + lane / ROW_CHUNKS;
+    return (lane % ROW_LANES * WARPS + warp) * ROWS_PER_PASS + lane / ROW_LANES;
 }
 
 // Starts the copies to a tile, or a part of one that begins at a group. `found` is the place of the
 // lane's row_to_find(), in elements from `source`; the lanes that copy a row have it from one of
 // them.
-template <int WARPS, int PASSES>
+template <typename Tile, int WARPS, int PASSES>
 __device__ __forceinline__ void copy_rows(u32 tile, const u16* source, i64 found, int warp,
                                           int lane) {
-    static_assert(PASSES <= ROW_CHUNKS, "a lane finds one row");
-    const int chunk = lane % ROW_CHUNKS;
+    constexpr int PARTS = Tile::CHUNKS / ROW_LANES;  // of a row: itself, or its panels
+    static_assert(PASSES <= ROW_LANES, "a lane finds one row");
+    const int chunk = lane % ROW_LANES;
     const i64 bytes = found * 2;
     const char* const begin = reinterpret_cast<const char*>(source + chunk * 8);
-    const u32 origin = tile + grouped_offset(warp * ROWS_PER_PASS + lane / ROW_CHUNKS, chunk);
+    const u32 origin = tile + Tile::offset(warp * ROWS_PER_PASS + lane / ROW_LANES, chunk);
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
         // The pass's first row and the lane's share in it are different bits of a row.
         const int rows = pass * WARPS * ROWS_PER_PASS;
-        const u32 place = (origin ^ ((rows % 8) << 4)) + rows / 8 * GROUP_BYTES + rows % 8 * 128;
-        cp_async_16(place, begin + __shfl_sync(~0u, bytes, pass, ROW_CHUNKS), 16);
+        const u32 place = Tile::below(origin, rows);
+        const char* const row = begin + __shfl_sync(~0u, bytes, pass, ROW_LANES);
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part)
+            cp_async_16(place + part * PANEL_BYTES, row + part * ROW_LANES * 16, 16);
     }
 }
 
@@ -51,7 +62,8 @@ struct BoxLoader {
     const TensorMap *k_map, *v_map;
     int box_rows;  // keys of a box
     int row;       // the first of this lane's box, in a tile
-    int my_bytes;  // of the warp's boxes of a tile
+    int k_bytes;   // of the warp's boxes of a tile of K
+    int v_bytes;   // and of V
     int warp;
     u32 cut_round;
     PlaceKv at;
@@ -63,22 +75,28 @@ struct BoxLoader {
           box_rows(min(p.page_size & -p.page_size, CTA_TILE_KV & -CTA_TILE_KV)),
           row((warp + lane * KV_WARPS) * box_rows), warp(warp), cut_round(0) {
         const int boxes = CTA_TILE_KV / box_rows;
-        my_bytes = (boxes + KV_WARPS - 1 - warp) / KV_WARPS * box_rows * ROW_BYTES;
+        const int rows = (boxes + KV_WARPS - 1 - warp) / KV_WARPS * box_rows;
+        k_bytes = rows * KTile::BYTES;
+        v_bytes = rows * VTile::BYTES;
     }
 
     // Has the warp's boxes of a tile brought, which its lanes have looked up.
-    __device__ __forceinline__ void copy(const TensorMap* map, u32 tile, int panel, int group,
-                                         int page, int lane, u32 barrier) {
-        if (lane == 0) mbarrier_arrive_expect(barrier, my_bytes);
+    template <typename Tile>
+    __device__ __forceinline__ void copy(const TensorMap* map, u32 tile, int bytes, int panel,
+                                         int group, int page, int lane, u32 barrier) {
+        if (lane == 0) mbarrier_arrive_expect(barrier, bytes);
         __syncwarp();  // the bytes are announced before any come
         if (row < CTA_TILE_KV)
-            copy_box_5d(tile + row * ROW_BYTES, map, 0, 0, panel, group, page, barrier);
+            copy_box_5d(tile + row * Tile::STRIDE, map, 0, 0, panel, group, page, barrier);
     }
 
     // Clears the rows of a tile from `first` to `end`.
+    template <typename Tile>
     __device__ __forceinline__ void clear(u32 tile, int first, int end, int lane) {
-        for (int i = lane; i < (end - first) * ROW_CHUNKS; i += WARP_SIZE)
-            store_zeros(tile + grouped_offset(first + i / ROW_CHUNKS, i % ROW_CHUNKS));
+        // Where K is cut as well as V there is no register to keep the lane in.
+        const int begin = CUPAGED_SOFT_CAP ? lane_index() : lane;
+        for (int i = begin; i < (end - first) * Tile::CHUNKS; i += WARP_SIZE)
+            store_zeros(tile + Tile::offset(first + i / Tile::CHUNKS, i % Tile::CHUNKS));
     }
 
     // Whether the box with a row of a tile is this warp's.
@@ -88,30 +106,32 @@ struct BoxLoader {
 
     // As copy(), for a tile whose keys are the rows from `first` to before `end`. In boxes that keys
     // begin or end in the midst of, the other rows become zeros.
-    __device__ __forceinline__ void copy_keys(const TensorMap* map, u32 tile, int panel, int group,
-                                              int page, int lane, u64* full, int first, int end) {
+    template <typename Tile>
+    __device__ __forceinline__ void copy_keys(const TensorMap* map, u32 tile, int bytes, int panel,
+                                              int group, int page, int lane, u64* full, int first,
+                                              int end) {
         const bool cut_first = CUPAGED_WINDOW && first > 0 && first < CTA_TILE_KV &&
                                first % box_rows != 0 && has_box(first);
         const bool cut_end = end < CTA_TILE_KV && end % box_rows != 0 && has_box(end);
         if (cut_first || cut_end) {
             const u32 come = shared_address(&barriers.cut[warp]);
-            copy(map, tile, panel, group, page, lane, come);
+            copy<Tile>(map, tile, bytes, panel, group, page, lane, come);
             mbarrier_wait(come, cut_round);
             cut_round ^= 1;
-            if (cut_first) clear(tile, first - first % box_rows, first, lane);
-            if (cut_end) clear(tile, end, end + box_rows - end % box_rows, lane);
+            if (cut_first) clear<Tile>(tile, first - first % box_rows, first, lane);
+            if (cut_end) clear<Tile>(tile, end, end + box_rows - end % box_rows, lane);
             fence_async_proxy();
             arrive_warp(full, lane);
         } else {
-            copy(map, tile, panel, group, page, lane, shared_address(full));
+            copy<Tile>(map, tile, bytes, panel, group, page, lane, shared_address(full));
         }
     }
 
     __device__ __forceinline__ void load(const Work& work, int lane) {
         const Item item = work.item;
         const int page_begin = work.item.page_begin;
-        const int k_panel = work.kv_head * static_cast<int>(p.k_stride_head / 64);
-        const int v_panel = work.kv_head * static_cast<int>(p.v_stride_head / 64);
+        const int k_panel = work.kv_head * static_cast<int>(p.k_stride_head / PANEL);
+        const int v_panel = work.kv_head * static_cast<int>(p.v_stride_head / PANEL);
         const int num_tiles = num_kv_tiles(item);
         const int first_seen = CUPAGED_WINDOW ? first_seen_key(p, work) : 0;
         int begin = item.kv_begin + (num_tiles - 1) * CTA_TILE_KV;
@@ -136,12 +156,13 @@ struct BoxLoader {
                 const u32 target = tiles + at.stage * TILE_KV_BYTES;
                 u64* const full = &barriers.kv_full[at.stage];
                 // How products are capped depends on the largest of them: what is behind the window
-                // would show in the bits of others.
-                if (CUPAGED_WINDOW && CUPAGED_SOFT_CAP)
-                    copy_keys(k_map, target, k_panel, group, page, lane, full, first_seen - begin,
-                              CTA_TILE_KV);
+                // or past the end would show in the bits of others.
+                if (CUPAGED_SOFT_CAP)
+                    copy_keys<KTile>(k_map, target, k_bytes, k_panel, group, page, lane, full,
+                                     first_seen - begin, item.kv_end - begin);
                 else
-                    copy(k_map, target, k_panel, group, page, lane, shared_address(full));
+                    copy<KTile>(k_map, target, k_bytes, k_panel, group, page, lane,
+                                shared_address(full));
                 at.advance();
             }
             const int v_page = last_page, v_group = last_group;
@@ -154,8 +175,8 @@ struct BoxLoader {
                 const u32 target = tiles + at.stage * TILE_KV_BYTES;
                 u64* const full = &barriers.kv_full[at.stage];
                 const int v_begin = item.kv_begin + (num_tiles - tile) * CTA_TILE_KV;
-                copy_keys(v_map, target, v_panel, v_group, v_page, lane, full,
-                          first_seen - v_begin, item.kv_end - v_begin);
+                copy_keys<VTile>(v_map, target, v_bytes, v_panel, v_group, v_page, lane, full,
+                                 first_seen - v_begin, item.kv_end - v_begin);
                 at.advance();
             }
         }
@@ -186,6 +207,7 @@ struct SeenKeys {
 template <int WARPS>
 struct RowLoader<false, WARPS> {
     static constexpr int PASSES = CTA_TILE_KV / (WARPS * ROWS_PER_PASS);
+    static_assert(PASSES * WARPS * ROWS_PER_PASS == CTA_TILE_KV, "a tile is whole passes");
     const Params& p;
     Barriers& barriers;
     u32 tiles;  // of the ring
@@ -202,9 +224,13 @@ struct RowLoader<false, WARPS> {
     };
 
     // Copies the warp's rows of a tile of K or V, and goes on to the next stage.
+    template <typename Tile>
     __device__ __forceinline__ void copy(const u16* head, i64 offset) {
         wait_empty(barriers.kv_empty, at.stage, at.round);
-        copy_rows<WARPS, PASSES>(tiles + at.stage * TILE_KV_BYTES, head, offset, warp, lane);
+        // Where K's places and V's are two, or a window is to be minded, there are no registers to
+        // keep them, nor what they come from.
+        copy_rows<Tile, WARPS, PASSES>(tiles + at.stage * TILE_KV_BYTES, head, offset, warp,
+                                       WHOLE_ROWS && !CUPAGED_WINDOW ? lane : lane_index());
         cp_async_arrive(shared_address(&barriers.kv_full[at.stage]));
         at.advance();
     }
@@ -227,22 +253,22 @@ struct RowLoader<false, WARPS> {
 #pragma unroll 1
         for (int tile = num_tiles - 1; tile >= 0; --tile) {
             const Key next = look_up(max(tile - 1, 0));
-            copy(k, now.page * p.k_stride_page + now.in_page * p.k_stride_token);
+            copy<KTile>(k, now.page * p.k_stride_page + now.in_page * p.k_stride_token);
             if (tile < num_tiles - 1)
-                copy(v, last.page * p.v_stride_page + last.in_page * p.v_stride_token);
+                copy<VTile>(v, last.page * p.v_stride_page + last.in_page * p.v_stride_token);
             last = now;
             now = next;
         }
-        copy(v, last.page * p.v_stride_page + last.in_page * p.v_stride_token);
+        copy<VTile>(v, last.page * p.v_stride_page + last.in_page * p.v_stride_token);
     }
 };
 
 template <int WARPS>
 struct RowLoader<true, WARPS> {
     static constexpr int PASSES = CTA_TILE_KV / (WARPS * ROWS_PER_PASS);
-    static constexpr int LOOKUPS = (PASSES + ROW_CHUNKS - 1) / ROW_CHUNKS;  // rows that a lane finds
-    static constexpr int LAST_PASSES = PASSES - (LOOKUPS - 1) * ROW_CHUNKS;
-    static constexpr int ROWS_A_LOOKUP = ROW_CHUNKS * WARPS * ROWS_PER_PASS;
+    static constexpr int LOOKUPS = (PASSES + ROW_LANES - 1) / ROW_LANES;  // rows that a lane finds
+    static constexpr int LAST_PASSES = PASSES - (LOOKUPS - 1) * ROW_LANES;
+    static constexpr int ROWS_A_LOOKUP = ROW_LANES * WARPS * ROWS_PER_PASS;
     static_assert(CTA_TILE_KV % (WARPS * ROWS_PER_PASS) == 0 && ROWS_A_LOOKUP % 8 == 0,
                   "a lookup's rows are whole passes and whole groups");
     const Params& p;
@@ -294,11 +320,11 @@ struct RowLoader<true, WARPS> {
             const u32 tile = tiles + stage * TILE_KV_BYTES;
 #pragma unroll
             for (int j = 0; j < LOOKUPS; ++j) {
-                const u32 part = tile + j * (ROWS_A_LOOKUP / 8 * GROUP_BYTES);
+                const u32 part = tile + j * (ROWS_A_LOOKUP / 8 * KTile::GROUP_BYTES);
                 if (j < LOOKUPS - 1)
-                    copy_rows<WARPS, ROW_CHUNKS>(part, head, found[j], half, lane);
+                    copy_rows<KTile, WARPS, ROW_LANES>(part, head, found[j], half, lane);
                 else
-                    copy_rows<WARPS, LAST_PASSES>(part, head, found[j], half, lane);
+                    copy_rows<KTile, WARPS, LAST_PASSES>(part, head, found[j], half, lane);
             }
             cp_async_arrive(shared_address(&barriers.kv_full[stage]));
         }

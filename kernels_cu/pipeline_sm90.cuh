@@ -11,8 +11,11 @@
 
 constexpr int WARPGROUP = 128;
 constexpr int NUM_CONSUMERS = NUM_WARPS / 4;  // warpgroups that compute, of 64 rows each
-constexpr int TILE_Q_BYTES = CTA_TILE_Q * ROW_BYTES;
-constexpr int TILE_KV_BYTES = CTA_TILE_KV * ROW_BYTES;
+constexpr int TILE_Q_BYTES = CTA_TILE_Q * Q_ROW_BYTES;
+// A tile of K or of V.
+constexpr int TILE_KV_BYTES =
+    CTA_TILE_KV * (K_ROW_BYTES > V_ROW_BYTES ? K_ROW_BYTES : V_ROW_BYTES);
+static_assert(O_ROW_BYTES <= Q_ROW_BYTES, "results leave by way of their rows of Q");
 static_assert(CTA_TILE_Q == NUM_CONSUMERS * 64 && MMA_Q == 1, "a warpgroup computes 64 rows");
 static_assert(NUM_THREADS == (NUM_CONSUMERS + 1) * WARPGROUP, "one warpgroup more brings the data");
 
@@ -30,18 +33,19 @@ constexpr int KV_ARRIVALS = KV_WARPS;
 constexpr int FIRST_Q_WARP = 0;
 constexpr int KV_WARPS = NUM_PRODUCER_WARPS;
 // Some warps copy K and the others V: 7% faster at head_dim 128, 2 and 3% slower at 64 and 256.
-constexpr bool BY_KIND = HEAD_DIM == 128;
+constexpr bool BY_KIND = HEAD_DIM_QK == 128 && HEAD_DIM_VO == 128;
 constexpr int ROW_WARPS = BY_KIND ? KV_WARPS / 2 : KV_WARPS;  // that share a tile
 constexpr int KV_ARRIVALS = ROW_WARPS * WARP_SIZE;
 #endif
 constexpr int Q_WARPS = NUM_PRODUCER_WARPS - FIRST_Q_WARP;
 
 // Registers a thread, multiples of 8, in all no more than the block is launched with. Copying row
-// by row takes more than asking for boxes.
+// by row takes more than asking for boxes, and so does cutting boxes both of K and of V.
 constexpr int LAUNCH_REGISTERS = 65536 / NUM_THREADS / 8 * 8;
-constexpr bool MORE_FOR_ROWS = !CUPAGED_PAGE_ALIGNED && HEAD_DIM == 128;
-constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 3 ? 32 : MORE_FOR_ROWS ? 56 : 40;
-constexpr int CONSUMER_REGISTERS = NUM_CONSUMERS == 3 ? 160 : MORE_FOR_ROWS ? 224 : 232;
+constexpr bool BRINGS_HARD = CUPAGED_PAGE_ALIGNED ? CUPAGED_WINDOW && CUPAGED_SOFT_CAP
+                                                  : HEAD_DIM_VO == 128;
+constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 3 ? 32 : BRINGS_HARD ? 56 : 40;
+constexpr int CONSUMER_REGISTERS = NUM_CONSUMERS == 3 ? 160 : BRINGS_HARD ? 224 : 232;
 static_assert(PRODUCER_REGISTERS + CONSUMER_REGISTERS * NUM_CONSUMERS <=
                   LAUNCH_REGISTERS * (NUM_CONSUMERS + 1),
               "nobody may wait for registers that nobody gives");

@@ -12,13 +12,17 @@
 #include "results.cuh"
 #include "speculation_sm90.cuh"
 
+// Widths of the output at which more than the next logits is worth having while products are under
+// way.
+constexpr bool MIDDLE_WIDTH = HEAD_DIM_VO == 96 || HEAD_DIM_VO == 128;
+
 // Blocks of 16 keys whose weights are computed while the product with the last tile's is under way,
 // which holds the registers that they go to: as many as find room elsewhere.
-constexpr int EARLY_BLOCKS = HEAD_DIM != 128 ? 0 : CUPAGED_SOFT_CAP ? 1 : CTA_TILE_KV / 32;
+constexpr int EARLY_BLOCKS = !MIDDLE_WIDTH ? 0 : CUPAGED_SOFT_CAP ? 1 : CTA_TILE_KV / 32;
 
 // Whether the next tiles are looked for while the products with these are under way, so that nothing
-// is waited for between them. With a soft cap, and at other head dimensions, it was no faster.
-constexpr bool LOOKS_AHEAD = HEAD_DIM == 128 && !CUPAGED_SOFT_CAP;
+// is waited for between them. With a soft cap, and at other widths of the output, it was no faster.
+constexpr bool LOOKS_AHEAD = MIDDLE_WIDTH && !CUPAGED_SOFT_CAP;
 
 // The right to issue products, which the consumers hand around; in a kernel without turns, each
 // has it always.
@@ -38,8 +42,9 @@ struct Turn {
 // Starts s = Q . K^T. q: the warpgroup's 64 rows; k: the tile.
 __device__ __forceinline__ void start_qk(Logits& s, u64 q, u64 k) {
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM / 16; ++d) {
-        const int step = (d / 4 * PANEL_BYTES + d % 4 * 32) >> 4;
+    for (int d = 0; d < HEAD_DIM_QK / 16; ++d) {
+        constexpr int IN_PANEL = PANEL / 16;
+        const int step = (d / IN_PANEL * PANEL_BYTES + d % IN_PANEL * 32) >> 4;
         wgmma(s[0], q + step, k + step, d > 0);
     }
 }
@@ -48,7 +53,7 @@ __device__ __forceinline__ void start_qk(Logits& s, u64 q, u64 k) {
 __device__ __forceinline__ void start_pv(Output& o, const Weights& weights, u64 v) {
 #pragma unroll
     for (int n = 0; n < CTA_TILE_KV / 16; ++n)
-        wgmma(o[0], weights[n], v + (n * 2 * GROUP_BYTES >> 4), 1);
+        wgmma(o[0], weights[n], v + (n * 2 * VTile::GROUP_BYTES >> 4), 1);
 }
 
 // A consumer's places in the rings, which outlast a piece of work.
@@ -65,14 +70,15 @@ struct Consumer {
         return (thread_index() - WARPGROUP) / WARP_SIZE * 16;
     }
 
+    // Descriptor of a stage's tile: K's or V's.
+    template <typename Tile>
     __device__ __forceinline__ u64 tile(PlaceKv place) const {
-        return tile_descriptor(kv_tiles + place.stage * TILE_KV_BYTES);
+        return Tile::descriptor(kv_tiles + place.stage * TILE_KV_BYTES);
     }
-    // Waits for the tile of a stage; its descriptor.
-    __device__ __forceinline__ u64 wait_tile(PlaceKv place) const {
+    // Waits for the tile of a stage.
+    __device__ __forceinline__ void wait_tile(PlaceKv place) const {
         wait_full(barriers.kv_full, place.stage, place.round);
         if (!CUPAGED_PAGE_ALIGNED) fence_async_proxy();  // cp.async wrote as ordinary stores do
-        return tile(place);
     }
     // Whether the tile of a stage has come.
     __device__ __forceinline__ bool has_tile(PlaceKv place) const {
@@ -135,7 +141,8 @@ struct Consumer {
             if (i > 0) pass_by();  // V of the one before
         }
         const Span seen = visible.seen_by_all(rows.query(first_row()), rows.query(first_row() + 15));
-        u64 q = tile_descriptor(q_tiles + q_stage * TILE_Q_BYTES + turn.consumer * 64 * ROW_BYTES);
+        u64 q = QTile::descriptor(q_tiles + q_stage * TILE_Q_BYTES +
+                                  turn.consumer * 64 * Q_ROW_BYTES);
 
         Logits s;
         Weights weights;
@@ -147,10 +154,10 @@ struct Consumer {
                 visible.mask(s, rows, seen, first_row(), begin, lane());
         };
 
-        const u64 first_k = wait_tile(at);
+        wait_tile(at);
         turn.take();
         wgmma_fence();
-        start_qk(s, q, first_k);
+        start_qk(s, q, tile<KTile>(at));
         wgmma_commit();
         turn.pass();
         wgmma_wait<0>();
@@ -186,7 +193,7 @@ struct Consumer {
                 if (!has_both) wait_full(barriers.kv_full, after.stage, after.round);
             }
             if (!CUPAGED_PAGE_ALIGNED) fence_async_proxy();  // as in wait_tile()
-            const u64 k = tile(at);
+            const u64 k = tile<KTile>(at);
             turn.take();
             wgmma_fence();
             start_qk(s, q, k);
@@ -196,7 +203,7 @@ struct Consumer {
                 wait_tile(after);
                 wgmma_fence();
             }
-            start_pv(o, weights, tile(after));
+            start_pv(o, weights, tile<VTile>(after));
             wgmma_commit();
             turn.pass();
             if (LOOKS_AHEAD) {
@@ -248,9 +255,9 @@ struct Consumer {
             pass_turn();
             pass_by();  // K of the first of these
         }
-        const u64 last_v = wait_tile(at);
+        wait_tile(at);
         wgmma_fence();
-        start_pv(o, weights, last_v);
+        start_pv(o, weights, tile<VTile>(at));
         wgmma_commit();
         wgmma_wait<0>();
         pin(o[0]);

@@ -71,11 +71,11 @@ __device__ __forceinline__ void copy_q(const Params& p, const Work& work, u32 ti
     for (int first = 0; first < CTA_TILE_Q; first += ROWS) {
         const int row = min(first + row_to_find<Q_WARPS>(warp, lane), last);
         const i64 found = rows.offset(row, p.q_stride_row, p.q_stride_head);
-        const u32 part = tile + first / 8 * GROUP_BYTES;
+        const u32 part = tile + first / 8 * QTile::GROUP_BYTES;
         if (first + ROWS <= CTA_TILE_Q)
-            copy_rows<Q_WARPS, ROW_CHUNKS>(part, p.q, found, warp, lane);
+            copy_rows<QTile, Q_WARPS, ROW_LANES>(part, p.q, found, warp, lane);
         else
-            copy_rows<Q_WARPS, ROW_CHUNKS / 2>(part, p.q, found, warp, lane);
+            copy_rows<QTile, Q_WARPS, ROW_LANES / 2>(part, p.q, found, warp, lane);
     }
 }
 

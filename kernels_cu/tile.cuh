@@ -11,7 +11,8 @@
 #endif
 
 // Rows of BYTES bytes, a power of two and at least 128. Heads that are no such power are padded
-// to one: what lies behind their elements is neither written nor read.
+// to one: what lies behind their elements is neither written nor read. The sm_90 family has only
+// its results in such rows; its Q, K and V lie as wgmma.cuh says.
 //
 // A row is CHUNKS chunks of 16 bytes. Chunk c of row r lies at chunk c ^ (r % 8) of its row, so
 // that the eight rows of an 8 x 8 matrix lie in eight different groups of banks, and neither

@@ -26,6 +26,10 @@ FLOAT8_DTYPES = {
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
 
+#: Widths of q's and K's heads that there are kernels for, and V's where it is another one.
+HEAD_DIMS = (64, 96, 128, 192, 256)
+VALUE_DIMS = {192: 128}
+
 #: How q and out may lie in memory: on their own; the first heads of a projection that holds K and
 #: V too; with odd row lengths; one element off every boundary.
 Q_FORMS = ("contiguous", "fused", "odd", "offset")
@@ -286,7 +290,7 @@ def build(
     group : int
         Query heads of a KV head.
     head_dim_vo, kv_dtype
-        `head_dim` and `dtype` where not given.
+        `dtype` where not given, and what goes with `head_dim`: see `VALUE_DIMS`.
     cache_form, q_form : str
         Of `CACHE_FORMS` and `Q_FORMS`.
     spare_pages : int
@@ -308,7 +312,7 @@ def build(
     element = DTYPES[dtype]
     kv_dtype = dtype if kv_dtype is None else kv_dtype
     kv_element = {**DTYPES, **FLOAT8_DTYPES}[kv_dtype]
-    head_dim_vo = head_dim if head_dim_vo is None else head_dim_vo
+    head_dim_vo = head_dim_vo or VALUE_DIMS.get(head_dim, head_dim)
     shape = (count + spare_pages, page_size, num_kv_heads, head_dim)
     batch = Batch(
         qo_len=tuple(qo_len),

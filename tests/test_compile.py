@@ -5,7 +5,10 @@ NVRTC compiles without a GPU, so these run wherever it is installed.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from compiler import (
 
 from cupaged import kernels, tiles
 from cupaged.kernel_spec import DEVICE_STRUCTS, KernelConfig
+from cupaged.spec import SERVED_DTYPES, SERVED_HEAD_DIMS, Needs, Variant
 
 Case = tuple[int, KernelConfig]
 
@@ -43,6 +47,21 @@ CASES: list[Case] = [
     for config in kernels.configurations(arch)
     if arch in _WHOLE or _is_plain(config) or config.dtype == "float16"
 ]
+
+
+def _seldom_asked_for() -> Iterator[KernelConfig]:
+    """Of the sm_90 family, variants that `configurations` leaves out: of heads other than 128."""
+    variants = (Variant(window=True), Variant(soft_cap=True), Variant(window=True, soft_cap=True))
+    head_dims = [dims for dims in SERVED_HEAD_DIMS if dims != (128, 128)]
+    for dtype, dims, page_size, variant, low_cap in itertools.product(
+        SERVED_DTYPES, head_dims, (16, 1), variants, (False, True)
+    ):
+        needs = Needs(dtype, dtype, *dims, page_size, variant, low_cap and variant.soft_cap)
+        config = tiles.kernel_config(90, needs, "long")
+        yield from (config, replace(config, page_aligned=False))
+
+
+CASES += [(90, config) for config in dict.fromkeys(_seldom_asked_for())]
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

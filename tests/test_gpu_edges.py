@@ -46,7 +46,7 @@ def lengths_around(*edges: int) -> list[int]:
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 16, 24, 40, 48, 64, 128, 192, 256])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", batches.HEAD_DIMS)
 def test_keys_end_around_the_ends_of_pages_and_tiles(
     cp: Any, rng: np.random.Generator, head_dim: int, page_size: int
 ) -> None:
@@ -80,7 +80,7 @@ def test_keys_end_around_the_ends_of_pages_and_tiles(
             check(batch, Formula(causal=causal), **options)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", batches.HEAD_DIMS)
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_tiles_without_keys_among_others(
     cp: Any, rng: np.random.Generator, page_size: int, head_dim: int
@@ -108,7 +108,7 @@ def test_tiles_without_keys_among_others(
 
 
 @pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", batches.HEAD_DIMS)
 @pytest.mark.parametrize("options", [{"disable_split_kv": True}, {"fixed_split_size": 4}])
 def test_rows_end_around_the_ends_of_warpgroups_and_tiles(
     cp: Any, rng: np.random.Generator, options: dict[str, Any], head_dim: int, group: int
@@ -126,7 +126,7 @@ def test_rows_end_around_the_ends_of_warpgroups_and_tiles(
 # Pieces of work
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", batches.HEAD_DIMS)
 @pytest.mark.parametrize("page_size", [4, 16])
 def test_thread_blocks_take_several_pieces(
     cp: Any, rng: np.random.Generator, page_size: int, head_dim: int
@@ -185,7 +185,7 @@ STRIDES: dict[str, tuple[Change, bool]] = {
 
 @pytest.mark.parametrize("which", ["k", "v", "both"])
 @pytest.mark.parametrize("name", STRIDES)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", batches.HEAD_DIMS)
 def test_strides_that_the_copy_engine_has_no_way_with(
     cp: Any,
     rng: np.random.Generator,

@@ -146,7 +146,7 @@ def test_soft_caps_near_and_far_from_their_bound(
 
 @pytest.mark.parametrize("cap", [30.0, 50.0, 50.5])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", batches.HEAD_DIMS)
 def test_all_logits_at_the_bound(
     rng: np.random.Generator, family: str, head_dim: int, dtype: str, cap: float
 ) -> None:
@@ -241,19 +241,37 @@ def test_float8_widened_by_arithmetic(
     check(batch, Formula(causal=True, sm_scale=1e-4))
 
 
-@pytest.mark.parametrize("head_dims", [(96, 96), (192, 128)], ids=str)
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("head_dim", [64, 96, 192, 256])
 @pytest.mark.parametrize("page_size", [16, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_head_dims(
-    cp: Any, rng: np.random.Generator, dtype: str, page_size: int, head_dims: tuple[int, int]
+def test_variants_of_other_head_dims(
+    rng: np.random.Generator,
+    family: str,
+    dtype: str,
+    page_size: int,
+    head_dim: int,
+    kv_layout: str,
 ) -> None:
-    head_dim, head_dim_vo = head_dims
     batch = mixed(
-        rng, head_dim=head_dim, head_dim_vo=head_dim_vo, dtype=dtype, page_size=page_size,
-        cache_form="tuple",
-    )  # fmt: skip
-    for options in SPLITS:
-        check(batch, Formula(causal=True), **options)
+        rng,
+        head_dim=head_dim,
+        dtype=dtype,
+        page_size=page_size,
+        kv_layout=kv_layout,
+        num_kv_heads=2,
+    )
+    sinks = rng.standard_normal(batch.q.shape[1]).astype(np.float32)
+    for formula in (
+        Formula(causal=True),
+        Formula(causal=True, window_left=70, sinks=sinks),
+        Formula(causal=True, logits_soft_cap=30.0),
+        Formula(window_left=100, logits_soft_cap=5.0),
+    ):
+        launches = schedule_of(planned(batch, formula)).launches
+        assert launches[0].config.family == family
+        for options in SPLITS:
+            check(batch, formula, **options)
 
 
 @pytest.mark.parametrize("mean", [-8.0, 0.0, 8.0])

@@ -93,7 +93,7 @@ def plan_of(box_rows: int = 16, heads_first: bool = False) -> Any:
     config = plain_kernel(90, "float16", DIM, PAGE_SIZE)
     return SimpleNamespace(
         stream=SimpleNamespace(ptr=7),
-        page_shape=(PAGE_SIZE, HEADS, DIM),
+        page_shape=(PAGE_SIZE, HEADS, DIM, DIM),
         heads_first=heads_first,
         ragged=False,
         kv_itemsize=2,
@@ -155,7 +155,7 @@ def test_the_kernel_finds_every_parameter(
     }
     k = [1 << 21, (PAGE_SIZE * HEADS * DIM * 2, token * 2, head * 2)]
     v = [1 << 22, tuple(n // DIM * wide for n in k[1])]
-    shape = (PAGES, (PAGE_SIZE, HEADS, DIM))
+    shape = (PAGES, (PAGE_SIZE, HEADS, DIM, DIM))
     assert asked == [(k[0], v[0], *shape, *k[1], *v[1], 16)]
 
 

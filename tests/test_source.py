@@ -116,7 +116,7 @@ def test_configurations_fit_their_architecture(arch: int) -> None:
                 chosen = tiles.kernel_config(arch, needs, shape)
                 assert chosen in configs
                 assert chosen.page_aligned == (page_size % chosen.page_unit == 0)
-                warpgroups = shape != "short" and arch == 90 and head_dims[0] in (64, 128, 256)
+                warpgroups = shape != "short" and arch == 90
                 assert chosen.family == ("prefill_sm90" if warpgroups else "prefill_sm80")
     limit = tiles.SHARED_LIMIT[tiles.tile_class(arch)]
     for config in configs:

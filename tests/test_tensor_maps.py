@@ -78,7 +78,7 @@ def strides(kv_layout: str, page_size: int, heads: int, head_dim: int, spare: in
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("spare", [0, 64])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("page_size", [8, 16, 48])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_a_box_holds_the_tokens_of_a_head(
@@ -94,9 +94,12 @@ def test_a_box_holds_the_tokens_of_a_head(
     assert call["address"] == ADDRESS
     assert call["element"] == 1  # 16 bits
     assert call["element_steps"] == (1, 1, 1, 1, 1)
-    assert call["modes"] == (0, 3, 3, 0)  # swizzle over 128 bytes; zeros beyond the tensor
+    panel = 32 if head_dim == 96 else 64
+    swizzle = 2 if head_dim == 96 else 3  # over 64 bytes, over 128
+    assert call["modes"] == (0, swizzle, 3, 0)  # zeros beyond the tensor
 
     box = call["box"]
+    assert box[0] == panel
     assert np.prod(box) == rows * head_dim
     # Bytes from the box's corner, in the order in which shared memory receives them:
     # [groups, panels, tokens of a group, elements of a panel].
@@ -104,11 +107,11 @@ def test_a_box_holds_the_tokens_of_a_head(
     groups, panels, tokens = c3[:, None, None, None], c2[:, None, None], c1[:, None]
     by_token, by_panel, by_group, _ = call["steps"]
     inner = groups * by_group + panels * by_panel + tokens * by_token + c0 * 2
-    row, element = groups * 8 + tokens, panels * 64 + c0
+    row, element = groups * 8 + tokens, panels * panel + c0
     for number in range(shape[0]):
         for kv_head in range(heads):
             for first in range(0, page_size, rows):
-                corner = (0, 0, kv_head * (head // 2 // 64), first // 8, number)
+                corner = (0, 0, kv_head * (head // 2 // panel), first // 8, number)
                 ends = np.add(corner, box)
                 assert (ends <= call["dims"]).all(), "a box reaches beyond the tensor"
                 begin = np.dot(corner[1:], call["steps"])
@@ -128,6 +131,8 @@ def test_a_head_of_its_own_may_have_any_stride(driver: Driver) -> None:
     ("shape", "steps"),
     [
         ((4, 16, 2, 64), (16 * 272, 272, 136)),  # heads no multiple of 128 bytes apart
+        ((4, 16, 2, 64), (16 * 384, 384, 192)),
+        ((4, 16, 2, 96), (16 * 448, 448, 224)),  # or of 64
         ((4, 16, 2, 64), (4096, 256, -128)),
         ((4, 16, 2, 64), (4096, -256, 128)),
         ((4, 16, 2, 64), (-4096, 256, 128)),
@@ -149,12 +154,12 @@ def test_a_cache_that_the_driver_refuses(driver: Driver) -> None:
 
 
 def pair(**changes: Any) -> bytes | None:
-    """The maps of two caches of 4 pages of 16 tokens, 2 heads of 64 elements."""
+    """The maps of two caches of 4 pages of 16 tokens, 2 heads of 64 elements each."""
     arguments = {
         "k_address": ADDRESS,
         "v_address": 2 * ADDRESS,
         "num_pages": 4,
-        "page_shape": (16, 2, 64),
+        "page_shape": (16, 2, 64, 64),
         "k_page": 4096,
         "k_token": 256,
         "k_head": 128,
@@ -178,6 +183,14 @@ def test_the_maps_of_k_and_v_come_together_and_once(driver: Driver) -> None:
     # Anything else is another map.
     assert pair(num_pages=5) != pair(v_address=3 * ADDRESS) != pair()
     assert len(driver.calls) == 6
+
+
+def test_heads_of_k_and_v_may_have_different_widths(driver: Driver) -> None:
+    changes = {"k_page": 12288, "k_token": 768, "k_head": 384, "v_token": 512, "v_head": 256}
+    assert pair(page_shape=(16, 2, 192, 128), **changes) is not None
+    k, v = driver.calls
+    assert (k["dims"], k["box"]) == ((64, 8, 6, 2, 4), (64, 8, 3, 2, 1))
+    assert (v["dims"], v["box"]) == ((64, 8, 4, 2, 4), (64, 8, 2, 2, 1))
 
 
 @pytest.mark.parametrize("change", [{"k_head": 136}, {"v_token": -128}, {"num_pages": 0}])
