@@ -191,24 +191,19 @@ class Batch:
         return (page, place) if self.kv_layout == "NHD" else (page, slice(None), place)
 
     def with_hidden_keys(self, formula: Formula, value: float = np.nan) -> Batch:
-        """The same batch with `value` as K and V of every key that no row of any request sees."""
-        num_pages = len(self.cache_views[0].array)
-        named, seen = (np.zeros((num_pages, self.page_size), np.bool_) for _ in range(2))
+        """The same batch with `value` as K and V of all slots but of keys that some row sees."""
+        seen = np.zeros((len(self.cache_views[0].array), self.page_size), np.bool_)
         for r, (qo_len, kv_len) in enumerate(zip(self.qo_len, self.kv_len, strict=True)):
             mask = None if formula.custom_mask is None else formula.custom_mask[r]
             by_row = visible(qo_len, kv_len, formula.causal, formula.window_left, mask)
             index, place = np.divmod(np.arange(kv_len), self.page_size)
             page = np.array(self.pages[r], np.int64)[index]
-            named[page, place] = True
             by_any = by_row.any(axis=0)
             seen[page[by_any], place[by_any]] = True
-        hidden = named & ~seen
-        if not hidden.any():
-            return self
         batch = replace(self, cache_views=tuple(view.on(np.copy) for view in self.cache_views))
         for x in batch.keys_and_values():
             by_slot = x if self.kv_layout == "NHD" else x.swapaxes(1, 2)
-            by_slot[hidden] = value
+            by_slot[~seen] = value
         return batch
 
     def alone(self, r: int) -> Batch:

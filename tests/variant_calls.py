@@ -55,8 +55,11 @@ def masks_of(
     return tuple(masks)
 
 
-#: What leaves keys that no row of their request sees; `hiding()` adds the mask.
+#: What leaves keys that no row of their request sees, or at least slots of no key; `hiding()` adds
+#: the mask.
 HIDING = {
+    "causal": Formula(True),
+    "soft cap": Formula(True, logits_soft_cap=3.0),
     "window": Formula(window_left=50),
     "causal window": Formula(True, window_left=50),
     "window of one key": Formula(True, window_left=0),
@@ -80,7 +83,7 @@ def hiding(rng: np.random.Generator, name: str, batch: batches.Batch) -> Formula
 
 
 def hidden_forms(batch: batches.Batch, formula: Formula) -> list[batches.Batch]:
-    """The batch with one thing and another as K and V of the keys that no row sees."""
+    """The batch with one thing and another as K and V of what no row sees."""
     values = (0.0, np.nan, np.inf, -np.inf, 3e4)
     return [batch.with_hidden_keys(formula, value) for value in values]
 
