@@ -91,7 +91,7 @@ def plan_jobs(
                 return []
             plan = planner(table)
             plan()
-            times = host_us(plan, 5 if quick else 100, device)
+            times = host_us(plan, 5 if quick else 500, device)
             note = f"{sum(workload.qo_lens)} queries, {len(table.kv_indices)} pages"
             return [host_row(workload.name, contender.name, statistics.median(times), "us", note)]
 

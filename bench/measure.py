@@ -30,7 +30,7 @@ from workloads import PAGE_SWEEP
 Key = tuple[str, str]
 
 WARMUP = 3
-PLAN_REPEAT = 20
+PLAN_REPEAT = 200
 
 #: What the other page sizes of the sweep are compared with.
 USUAL_PAGE_SIZE = 16
