@@ -47,7 +47,12 @@ FEATURES = (
     Feature(
         "`custom_mask`, `packed_custom_mask`", lambda needs: needs.variant.custom_mask, _BUT_SM90
     ),
-    Feature('`pos_encoding_mode="ALIBI"`', lambda needs: needs.variant.alibi, _BUT_SM90),
+    Feature('`pos_encoding_mode="ALIBI"`', lambda needs: needs.variant.alibi, _ALL),
+    Feature(
+        "`logits_soft_cap` with ALiBi",
+        lambda needs: needs.variant.alibi and needs.variant.soft_cap,
+        _BUT_SM90,  # which caps products in the hope that nothing is added to them
+    ),
     Feature('`pos_encoding_mode="ROPE_LLAMA"`', lambda needs: needs.variant.rope, _BUT_SM90),
     Feature(
         "float8 K and V (`e4m3fn`, `e5m2`)",

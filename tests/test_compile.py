@@ -51,7 +51,8 @@ CASES: list[Case] = [
 
 def _seldom_asked_for() -> Iterator[KernelConfig]:
     """Of the sm_90 family, variants that `configurations` leaves out: of heads other than 128."""
-    variants = (Variant(window=True), Variant(soft_cap=True), Variant(window=True, soft_cap=True))
+    ons = [{"window"}, {"soft_cap"}, {"window", "soft_cap"}, {"alibi"}, {"window", "alibi"}]
+    variants = [Variant(**dict.fromkeys(on, True)) for on in ons]
     head_dims = [dims for dims in SERVED_HEAD_DIMS if dims != (128, 128)]
     for dtype, dims, page_size, variant, low_cap in itertools.product(
         SERVED_DTYPES, head_dims, (16, 1), variants, (False, True)

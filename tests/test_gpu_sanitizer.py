@@ -98,7 +98,8 @@ def test_variants_together(
     capped = Formula(causal=True, window_left=50, logits_soft_cap=5.0, sinks=sinks)
     all_on = replace(capped, custom_mask=masks, pos_encoding_mode="ALIBI")
     rotated = replace(capped, logits_soft_cap=None, pos_encoding_mode="ROPE_LLAMA")
-    for formula in (capped, all_on, rotated):
+    biased = replace(rotated, pos_encoding_mode="ALIBI")
+    for formula in (capped, all_on, rotated, biased):
         for options in ({"disable_split_kv": True}, {"fixed_split_size": 3}):
             wrapper = planned(batch, formula, **options)
             on_gpu = batch.on(to_gpu)

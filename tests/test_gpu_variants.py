@@ -70,6 +70,8 @@ FORMULAS = {
     "tight soft cap": Formula(logits_soft_cap=0.5, sm_scale=-0.2),
     "window and soft cap": Formula(window_left=100, logits_soft_cap=5.0),
     "alibi": Formula(pos_encoding_mode="ALIBI"),
+    "alibi and window": Formula(pos_encoding_mode="ALIBI", window_left=70),
+    "alibi and soft cap": Formula(pos_encoding_mode="ALIBI", logits_soft_cap=5.0),
     "rope": Formula(pos_encoding_mode="ROPE_LLAMA"),
     "scaled rope": Formula(pos_encoding_mode="ROPE_LLAMA", rope_scale=2.0, rope_theta=5e5),
 }
@@ -267,6 +269,8 @@ def test_variants_of_other_head_dims(
         Formula(causal=True, window_left=70, sinks=sinks),
         Formula(causal=True, logits_soft_cap=30.0),
         Formula(window_left=100, logits_soft_cap=5.0),
+        Formula(causal=True, pos_encoding_mode="ALIBI"),
+        Formula(window_left=100, pos_encoding_mode="ALIBI", sinks=sinks),
     ):
         launches = schedule_of(planned(batch, formula)).launches
         assert launches[0].config.family == family
