@@ -136,13 +136,17 @@ paged_kv_last_page_len_buf_arr : list of int32 array, optional
             wrappers.append(wrapper)
         return tuple(wrappers)
 
-    def reset_workspace_buffer(self, float_workspace_buffer: Any) -> None:
+    def reset_workspace_buffer(
+        self, float_workspace_buffer: Any, int_workspace_buffers: Any = None
+    ) -> None:
         """Take another workspace from the next `plan()` on.
 
         Parameters
         ----------
         float_workspace_buffer : array or None
             As the constructor takes it.
+        int_workspace_buffers : list of array, optional
+            For FlashInfer's callers; the library's index arrays are its own.
 
         Raises
         ------

@@ -119,6 +119,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
         q_len_per_req: int = 1,
+        *,
+        window_right: int = 0,
     ) -> None:
         """Schedule a batch; everything that depends on lengths alone is done here.
 
@@ -157,13 +159,14 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         non_blocking : bool
             False: wait until the plan has arrived on the device.
         fixed_split_size : int, optional
-            Pages of a split. A request's bits then don't depend on its batch.
+            Pages of a split. A request's bits then don't depend on its batch. -1 is None.
         disable_split_kv : bool
-            Never split a request's keys. Its bits then don't depend on its batch.
+            Never split a request's keys, whatever `fixed_split_size` is. Its bits then don't
+            depend on its batch.
         q_len_per_req : int
             Query rows of every request, its last tokens: row `i` of them sees keys up to
             `kv_len - q_len_per_req + i`.
-        block_tables, seq_lens
+        block_tables, seq_lens, window_right
             Not served; anything but the default raises `NotImplementedError`.
 
         Raises
@@ -180,7 +183,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         CupagedWarning
             Fewer keys than `q_len_per_req` in a request; a page twice in a request.
         """
-        unserved.refuse(unserved.DECODE_PLAN, (block_tables, seq_lens))
+        unserved.refuse(unserved.DECODE_PLAN, (block_tables, seq_lens, window_right))
         if data_type is not None:
             dtype = arrays.dtype_name(data_type, "data_type")
             if dtype not in FLOAT8_DTYPES:
@@ -316,11 +319,11 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         self,
         q: Any,
         paged_kv_cache: Any,
-        pos_encoding_mode: str | None = None,
+        pos_encoding_mode: str = "NONE",
         q_scale: float | None = None,
         k_scale: float | None = None,
         v_scale: float | None = None,
-        window_left: int | None = None,
+        window_left: int = -1,
         logits_soft_cap: float | None = None,
         sm_scale: float | None = None,
         rope_scale: float | None = None,
@@ -330,7 +333,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
     ) -> Any:
         """`run()` as FlashInfer once had it, with arguments of `plan()`.
 
-        None stands for what was planned. Other values plan the batch again, once.
+        As there, these and their defaults stand whatever was planned. Where they differ from it the
+        batch is planned again, once.
         """
         features = {
             "window_left": window_left,

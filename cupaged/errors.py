@@ -24,4 +24,4 @@ def warn(message: str) -> None:
 
 
 def _is_between(module: str) -> bool:
-    return module.startswith("cupaged.") or module == "torch._dynamo.eval_frame"
+    return module.startswith("cupaged.") or module in ("contextlib", "torch._dynamo.eval_frame")

@@ -185,14 +185,14 @@ class PagedAttention(PlannedAttention):
 
     @contextmanager
     def _planned_with(self, causal: Any, mode: Any, features: dict[str, Any]) -> Iterator[None]:
-        """Plan the same batch with the features that `forward()` names, as `replan` takes them.
+        """Plan the same batch with the features of a `forward()`, as `replan` takes them.
 
         Should the call fail, the plan before it stays.
         """
         before = self._plan
         if before is not None:
             fixed = self._graph is not None
-            self._plan = replan(before, self._names.head_dim, causal, mode, features, fixed)
+            self._plan = replan(before, self._names, causal, mode, features, fixed)
         try:
             yield
         except BaseException:

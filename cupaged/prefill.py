@@ -178,9 +178,10 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedAttention):
         non_blocking : bool
             False: wait until the plan has arrived on the device.
         fixed_split_size : int, optional
-            Pages of a split. A request's bits then don't depend on its batch.
+            Pages of a split. A request's bits then don't depend on its batch. -1 is None.
         disable_split_kv : bool
-            Never split a request's keys. Its bits then don't depend on its batch.
+            Never split a request's keys, whatever `fixed_split_size` is. Its bits then don't
+            depend on its batch.
         use_fp16_qk_reduction, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, \
 max_item_len_ptr, seq_lens, seq_lens_q, block_tables, max_token_per_sequence, max_sequence_kv, \
 uniform_q_len
@@ -343,12 +344,12 @@ use_fp16_softmax, uses_spcompress
         self,
         q: Any,
         paged_kv_cache: Any,
-        causal: bool | None = None,
-        pos_encoding_mode: str | None = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
         use_fp16_qk_reduction: bool = False,
         k_scale: float | None = None,
         v_scale: float | None = None,
-        window_left: int | None = None,
+        window_left: int = -1,
         logits_soft_cap: float | None = None,
         sm_scale: float | None = None,
         rope_scale: float | None = None,
@@ -358,7 +359,8 @@ use_fp16_softmax, uses_spcompress
     ) -> Any:
         """`run()` as FlashInfer once had it, with arguments of `plan()`.
 
-        None stands for what was planned. Other values plan the batch again, once.
+        As there, these and their defaults stand whatever was planned. Where they differ from it the
+        batch is planned again, once.
         """
         unserved.refuse(unserved.FORWARD, (use_fp16_qk_reduction,))
         features = {

@@ -133,7 +133,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PagedAttention):
         kv_indptr : int array [batch + 1]
             Rows of k and v that belong to each request; the same.
         fixed_split_size : int, optional
-            Tokens of a split. A request's bits then don't depend on its batch.
+            Tokens of a split. A request's bits then don't depend on its batch. -1 is None.
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, custom_mask, packed_custom_mask, \
 causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, \
 q_data_type, kv_data_type, o_data_type, non_blocking, disable_split_kv
@@ -328,10 +328,10 @@ o_indptr, uniform_q_len
         q: Any,
         k: Any,
         v: Any,
-        causal: bool | None = None,
-        pos_encoding_mode: str | None = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
         use_fp16_qk_reduction: bool = False,
-        window_left: int | None = None,
+        window_left: int = -1,
         logits_soft_cap: float | None = None,
         sm_scale: float | None = None,
         rope_scale: float | None = None,
@@ -341,7 +341,8 @@ o_indptr, uniform_q_len
     ) -> Any:
         """`run()` as FlashInfer once had it, with arguments of `plan()`.
 
-        None stands for what was planned. Other values plan the batch again, once.
+        As there, these and their defaults stand whatever was planned. Where they differ from it the
+        batch is planned again, once.
         """
         unserved.refuse(unserved.FORWARD, (use_fp16_qk_reduction,))
         features = {

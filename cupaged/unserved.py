@@ -86,7 +86,7 @@ RAGGED_RUN = _arguments(
     kv_cache_sf=(None,),
 )
 DECODE_CONSTRUCTOR = _arguments("BatchDecodeWithPagedKVCacheWrapper", jit_args=(None,))
-DECODE_PLAN = _arguments("plan()", block_tables=(None,), seq_lens=(None,))
+DECODE_PLAN = _arguments("plan()", block_tables=(None,), seq_lens=(None,), window_right=(0,))
 DECODE_RUN = _arguments(
     "run()",
     enable_pdl=(None, False),

@@ -232,12 +232,11 @@ def plan_choices(
     """Check arguments that every `plan()` takes."""
     never = flag(disable_split_kv, "disable_split_kv")
     non_blocking = flag(non_blocking, "non_blocking")
-    if fixed_split_size is None:
+    if fixed_split_size is None or fixed_split_size == -1:  # which FlashInfer's callers may give
         return PlanChoices(None, never, non_blocking)
     size = positive_int(fixed_split_size, "fixed_split_size")
-    if never:
-        raise ValueError("fixed_split_size and disable_split_kv exclude each other")
-    return PlanChoices(size, never, non_blocking)
+    # Nothing is split: neither do the bits then depend on the batch.
+    return PlanChoices(None if never else size, never, non_blocking)
 
 
 def _refuse_head_dims(head_dim: int, head_dim_out: int, head_dim_name: str) -> None:

@@ -232,6 +232,16 @@ def test_shared_prefix_decode(rng: np.random.Generator, kv_layout: str) -> None:
     check_prefix(batch, shared, out, Formula())
 
 
+def test_a_call_with_a_shared_prefix_is_as_if_it_were_the_first(rng: np.random.Generator) -> None:
+    batch = batches.build(rng, [5, 1, 9], [20, 33, 9])
+    shared = with_prefix(rng, batch, 50)
+    wrapper = cupaged.BatchPrefillWithSharedPrefixPagedKVCacheWrapper()
+    wrapper.begin_forward(batch.qo_indptr, *table(batch), *shape_of(batch))
+    for options in ({}, {"sm_scale": 0.5}, {}, {"causal": True}, {}):
+        out = wrapper.forward(batch.q, *shared, batch.cache, **options)
+        check_prefix(batch, shared, out, Formula(**{"causal": False, **options}))
+
+
 def test_shared_prefix_rotates_nothing(rng: np.random.Generator) -> None:
     batch = batches.build(rng, [1], [4])
     wrapper = cupaged.BatchPrefillWithSharedPrefixPagedKVCacheWrapper()
@@ -269,7 +279,7 @@ def test_fast_plan_takes_what_plan_takes() -> None:
     fast = inspect.signature(cupaged.fast_decode_plan).parameters
     assert set(fast) - set(plan) == {"global_override_indptr_cpu"}
     # FlashInfer's has none of these.
-    assert set(plan) - set(fast) == {"o_data_type", "block_tables", "seq_lens"}
+    assert set(plan) - set(fast) == {"o_data_type", "block_tables", "seq_lens", "window_right"}
     for name in set(fast) & set(plan) - {"q_data_type"}:
         assert fast[name].default == plan[name].default, name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import batches
@@ -14,39 +15,55 @@ from decode_calls import Decode
 from oracle import Formula
 from small_call import Wrapper
 
+import cupaged
+
 FEATURES: list[tuple[dict[str, Any], Formula]] = [
     ({}, Formula()),
     ({"causal": True}, Formula(causal=True)),
-    ({"window_left": 9}, Formula(causal=True, window_left=9)),
-    ({"logits_soft_cap": 4.0}, Formula(causal=True, window_left=9, logits_soft_cap=4.0)),
-    ({"causal": False, "window_left": -1, "logits_soft_cap": 0.0}, Formula()),
+    ({"window_left": 9}, Formula(window_left=9)),
+    ({"causal": True, "logits_soft_cap": 4.0}, Formula(causal=True, logits_soft_cap=4.0)),
+    ({"logits_soft_cap": 0.0}, Formula()),
     ({"pos_encoding_mode": "ALIBI"}, Formula(pos_encoding_mode="ALIBI")),
     (
         {"pos_encoding_mode": "ROPE_LLAMA", "rope_theta": 1e3, "sm_scale": 0.5},
         Formula(pos_encoding_mode="ROPE_LLAMA", rope_theta=1e3, sm_scale=0.5),
     ),
     (
-        {"rope_scale": 4.0},
-        Formula(pos_encoding_mode="ROPE_LLAMA", rope_scale=4.0, rope_theta=1e3, sm_scale=0.5),
+        {"pos_encoding_mode": "ROPE_LLAMA", "rope_scale": 4.0},
+        Formula(pos_encoding_mode="ROPE_LLAMA", rope_scale=4.0),
     ),
-    (
-        {"pos_encoding_mode": "NONE", "k_scale": 0.5, "v_scale": 2.0},
-        Formula(sm_scale=0.5, k_scale=0.5, v_scale=2.0),
-    ),
+    ({"k_scale": 0.5, "v_scale": 2.0}, Formula(k_scale=0.5, v_scale=2.0)),
 ]
 
 
-def test_each_call_changes_the_plan_by_what_it_names(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    "planned", [{}, {"causal": True, "window_left": 3, "sm_scale": 0.1, "logits_soft_cap": 2.0}]
+)
+def test_a_call_is_what_it_says(rng: np.random.Generator, planned: dict[str, Any]) -> None:
+    """Whatever was planned, and whatever calls there were before."""
     batch = batches.build(rng, [3, 9, 70], [40, 60, 200], group=2)
     wrapper = Wrapper(backend="reference")
-    batch.plan(wrapper, fixed_split_size=3)
+    batch.plan(wrapper, fixed_split_size=3, **planned)
     for options, formula in FEATURES:
         out, lse = wrapper.forward_return_lse(batch.q, batch.cache, **options)
         oracle.check_all(batch, formula, out, lse)
-        planned = wrapper._plan
-        assert planned.schedule.fixed_split_size == 3
+        plan = wrapper._plan
+        assert plan.schedule.fixed_split_size == 3
         assert wrapper.forward(batch.q, batch.cache, **options).tobytes() == out.tobytes()
-        assert wrapper._plan is planned
+        assert wrapper._plan is plan
+
+
+def test_causality_that_was_not_planned_warns() -> None:
+    """Of rows without keys, at the caller's line."""
+    batch = batches.build(np.random.default_rng(0), [3, 9], [40, 6])
+    wrapper = Wrapper(backend="reference")
+    batch.plan(wrapper)
+    with pytest.warns(cupaged.CupagedWarning, match=r"^request 1 has 9 queries and 6 keys") as told:
+        wrapper.forward(batch.q, batch.cache, causal=True)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapper.forward(batch.q, batch.cache, causal=True, window_left=30)
 
 
 def test_each_call_of_decoding_changes_the_plan(rng: np.random.Generator) -> None:
@@ -57,7 +74,7 @@ def test_each_call_of_decoding_changes_the_plan(rng: np.random.Generator) -> Non
         ({"q_scale": 2.0}, Formula(causal=True, q_scale=2.0)),
         ({"window_left": 5}, Formula(causal=True, window_left=5)),
         (
-            {"pos_encoding_mode": "ALIBI", "window_left": -1},
+            {"pos_encoding_mode": "ALIBI"},
             Formula(causal=True, pos_encoding_mode="ALIBI"),
         ),
     ):

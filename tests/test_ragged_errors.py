@@ -65,11 +65,6 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"non_blocking": 1}, TypeError, "non_blocking is an int, expected a bool"),
     ({"fixed_split_size": 0}, ValueError, "fixed_split_size = 0, expected at least 1"),
     (
-        {"fixed_split_size": 64, "disable_split_kv": True},
-        ValueError,
-        "fixed_split_size and disable_split_kv exclude each other",
-    ),
-    (
         {"custom_mask": np.ones(141, np.bool_)},
         ValueError,
         "custom_mask has shape (141,), expected (140,): the sum of qo_len * kv_len",

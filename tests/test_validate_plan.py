@@ -99,11 +99,7 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         "disable_split_kv is an ndarray, expected a bool",
     ),
-    (
-        {"fixed_split_size": 2, "disable_split_kv": True},
-        ValueError,
-        "fixed_split_size and disable_split_kv exclude each other",
-    ),
+    ({"fixed_split_size": -2}, ValueError, "fixed_split_size = -2, expected at least 1"),
     # Dtypes
     ({"q_data_type": "float64"}, TypeError, f"q_data_type = 'float64', {SERVED}"),
     ({"q_data_type": None}, TypeError, f"q_data_type = None, {SERVED}"),
