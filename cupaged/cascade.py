@@ -317,7 +317,8 @@ paged_kv_last_page_len_buf_arr : list of int32 array, optional
         paged_kv_cache : (array, array) or array
             Of all levels, as `BatchPrefillWithPagedKVCacheWrapper.run()` takes it.
         out : array [nnz_qo, num_qo_heads, head_dim], optional
-            Where the output goes; a new array where not given.
+            Where the output goes; a new array where not given. It may be q, and shares no memory
+            with K, V or `lse`.
         lse : float32 array [nnz_qo, num_qo_heads], optional
             Where the log-sum-exp of the logits goes.
         return_lse : bool

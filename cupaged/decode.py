@@ -267,7 +267,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedAttention):
         q_scale, k_scale, v_scale : float, optional
             The first two multiply the logits, the third the output.
         out : array [batch * q_len_per_req, num_qo_heads, head_dim], optional
-            Where the output goes; a new array where not given.
+            Where the output goes; a new array where not given. It may be q, and shares no memory
+            with K, V or `lse`.
         lse : float32 array [batch * q_len_per_req, num_qo_heads], optional
             Where the log-sum-exp of the logits goes.
         return_lse : bool

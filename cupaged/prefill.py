@@ -290,7 +290,8 @@ uniform_q_len
         q_scale, k_scale, v_scale : float, optional
             The first two multiply the logits, the third the output.
         out : array [nnz_qo, num_qo_heads, head_dim_vo], optional
-            Where the output goes; a new array where not given.
+            Where the output goes; a new array where not given. It may be q, and shares no memory
+            with K, V or `lse`.
         lse : float32 array [nnz_qo, num_qo_heads], optional
             Where the log-sum-exp of the logits goes.
         return_lse : bool
