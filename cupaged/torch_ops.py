@@ -9,14 +9,22 @@ import sys
 from typing import Any
 from weakref import WeakValueDictionary
 
+import numpy as np
+
+from cupaged import validate
+
 #: PyTorch, once the operators are made.
 torch: Any = None
 
 #: Wrappers by a number that a compiled program can hold.
 _wrappers: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
-_SCALES = "float? q_scale, float? k_scale, float? v_scale"
-_ARGUMENTS = f"int wrapper, Tensor q, Tensor[] cache, {_SCALES}, Tensor? sinks, str lse_base"
+_SCALE_NAMES = ("q_scale", "k_scale", "v_scale")
+# A scale is a number or a tensor, for which a schema has no one word: each is in one of two places.
+_SCALES = ", ".join(f"float? {name}" for name in _SCALE_NAMES) + ", Tensor?[] scales"
+_ARGUMENTS = (
+    f"int wrapper, Tensor q, Tensor[] cache, bool apart, {_SCALES}, Tensor? sinks, str lse_base"
+)
 
 
 def register(wrapper: Any) -> None:
@@ -58,19 +66,24 @@ def run(
     wrapper: Any,
     q: Any,
     cache: Any,
-    scales: tuple[float | None, float | None, float | None],
+    scales: tuple[Any, Any, Any],
     out: Any,
     lse: Any,
-    return_lse: bool,
+    return_lse: Any,
     lse_base: str,
     sinks: Any,
 ) -> Any:
-    """`run()` by way of an operator; everything is checked when that runs."""
+    """`run()` by way of an operator.
+
+    What its schema would take for something else is checked here, all else when it runs.
+    """
+    validate.flag(return_lse, "return_lse")
+    numbers, tensors = _by_kind(scales)
     # No gradients, as without the compiler.
     q, sinks = q.detach(), None if sinks is None else sinks.detach()
-    given = cache if isinstance(cache, tuple | list) else [cache]
-    parts = [part.detach() for part in given]
-    arguments = (id(wrapper), q, parts, *scales, sinks, lse_base)
+    apart = isinstance(cache, tuple | list)
+    parts = [part.detach() for part in (cache if apart else [cache])]
+    arguments = (id(wrapper), q, parts, apart, *numbers, tensors, sinks, lse_base)
     if out is None and lse is None:
         out, lse = torch.ops.cupaged.run(*arguments)
     else:
@@ -82,18 +95,44 @@ def run(
     return (out, lse) if return_lse else out
 
 
+def _by_kind(scales: tuple[Any, Any, Any]) -> tuple[list[Any], list[Any]]:
+    """Scales that are numbers, and those that are tensors; None in place of the others."""
+    numbers, tensors = [], []
+    for value, name in zip(scales, _SCALE_NAMES, strict=True):
+        number, tensor = None, None
+        # A tuple of types: the compiler can't trace a union that has NumPy's in it.
+        if isinstance(value, (np.ndarray, np.generic)):
+            tensor = torch.as_tensor(value)  # which the compiler holds it for anyway
+        elif isinstance(value, torch.Tensor):
+            tensor = value.detach()
+        elif value is not None:
+            # A schema's float takes a bool.
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(
+                    f"{name} is {validate.what(value)}, expected a number: "
+                    "an int, a float or a tensor under torch.compile"
+                )
+            number = value
+        numbers.append(number)
+        tensors.append(tensor)
+    return numbers, tensors
+
+
 def _run(
     wrapper: int,
     q: Any,
     cache: list[Any],
+    apart: bool,
     q_scale: float | None,
     k_scale: float | None,
     v_scale: float | None,
+    scales: list[Any],
     sinks: Any,
     lse_base: str,
 ) -> tuple[Any, Any]:
+    given = _as_given(cache, apart, (q_scale, k_scale, v_scale), scales)
     result: tuple[Any, Any] = _wrappers[wrapper].attend(
-        *(q, _whole(cache), q_scale, k_scale, v_scale, None, None, True, lse_base, sinks)
+        *(q, *given, None, None, True, lse_base, sinks)
     )
     return result
 
@@ -102,24 +141,28 @@ def _run_into(
     wrapper: int,
     q: Any,
     cache: list[Any],
+    apart: bool,
     q_scale: float | None,
     k_scale: float | None,
     v_scale: float | None,
+    scales: list[Any],
     sinks: Any,
     lse_base: str,
     out: Any,
     lse: Any,
     want_lse: bool,
 ) -> None:
-    _wrappers[wrapper].attend(
-        *(q, _whole(cache), q_scale, k_scale, v_scale, out, lse if want_lse else None, False),
-        *(lse_base, sinks),
-    )
+    given = _as_given(cache, apart, (q_scale, k_scale, v_scale), scales)
+    _wrappers[wrapper].attend(*(q, *given, out, lse if want_lse else None, False, lse_base, sinks))
 
 
-def _whole(cache: list[Any]) -> Any:
-    """What the caller gave: one array, or K and V."""
-    return cache[0] if len(cache) == 1 else tuple(cache)
+def _as_given(
+    cache: list[Any], apart: bool, numbers: tuple[float | None, ...], tensors: list[Any]
+) -> tuple[Any, ...]:
+    """The cache and the three scales as the caller gave them."""
+    whole = tuple(cache) if apart else cache[0]
+    pairs = zip(numbers, tensors, strict=True)
+    return (whole, *(number if tensor is None else tensor for number, tensor in pairs))
 
 
 def _like_run(wrapper: int, q: Any, *others: Any) -> tuple[Any, Any]:

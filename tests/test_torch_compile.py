@@ -131,6 +131,92 @@ def test_an_error_inside_names_the_argument(rng: np.random.Generator, pytorch: A
         compiled(q[1:])
 
 
+REFUSED = {
+    "return_lse, a str": ({"return_lse": "yes"}, "return_lse is a str, expected a bool"),
+    "return_lse, an int": ({"return_lse": 1}, "return_lse is an int, expected a bool"),
+    "a scale, a bool": ({"k_scale": True}, "k_scale is a bool, expected a number"),
+    "a scale, a str": ({"v_scale": "1"}, "v_scale is a str, expected a number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_schema_would_convert_is_refused(
+    rng: np.random.Generator, pytorch: Any, case: str
+) -> None:
+    options, message = REFUSED[case]
+    batch = batches.build(rng, [5], [70], num_kv_heads=2, cache_form="tuple")
+    wrapper = planned(batch, "host")
+    q, k, v = (on_torch(pytorch, "host", x) for x in (batch.q, *batch.keys_and_values()))
+
+    def call(q: Any) -> Any:
+        return wrapper.run(q, (k, v), **options)
+
+    for function in (call, pytorch.compile(call, backend="eager")):
+        with pytest.raises(TypeError, match=f"^{message}"):
+            function(q)
+    pytorch._dynamo.reset()
+    with pytest.raises(pytorch._dynamo.exc.Unsupported, match=message):
+        pytorch.compile(call, backend="eager", fullgraph=True)(q)
+
+
+@pytest.mark.parametrize("form", [tuple, list])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_other_than_two_arrays_are_refused(
+    rng: np.random.Generator, pytorch: Any, form: type, count: int
+) -> None:
+    """One stacked array in a tuple too, as without the compiler."""
+    batch = batches.build(rng, [5], [70], num_kv_heads=2, cache_form="stacked")
+    wrapper = planned(batch, "host")
+    q, cache = (on_torch(pytorch, "host", x) for x in (batch.q, batch.cache))
+    compiled = pytorch.compile(
+        lambda q, c: wrapper.run(q, form([c] * count)), backend="eager", fullgraph=True
+    )
+    with pytest.raises(ValueError, match=rf"^paged_kv_cache has {count} arrays, expected two: "):
+        compiled(q, cache)
+
+
+@pytest.mark.parametrize("on", ON)
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("given", [False, True], ids=["", "out"])
+def test_scales_that_are_arrays_of_one_element(
+    rng: np.random.Generator, pytorch: Any, given: bool, compiler: str, on: str
+) -> None:
+    batch = batches.build(rng, [5], [70], num_kv_heads=2, cache_form="tuple")
+    wrapper = planned(batch, on)
+    q, k, v = (on_torch(pytorch, on, x) for x in (batch.q, *batch.keys_and_values()))
+
+    def call(q: Any, k_scale: Any, v_scale: Any) -> Any:
+        out = pytorch.empty_like(q) if given else None
+        return wrapper.run(q, (k, v), q_scale=0.5, k_scale=k_scale, v_scale=v_scale, out=out) + 0.0
+
+    compiled = pytorch.compile(call, backend=compiler, fullgraph=True)
+    for number in (0.25, 1.5):
+        formula = Formula(causal=True, q_scale=0.5, k_scale=number, v_scale=2.0)
+        for scales in (
+            (pytorch.tensor(number), pytorch.tensor([2.0], device=q.device, requires_grad=True)),
+            (np.float32(number), np.array([2])),
+            (np.float64(number), 2),
+        ):
+            out = compiled(q, *scales)
+            assert not out.requires_grad
+            assert pytorch.equal(out, call(q, *scales))
+            oracle.check_all(batch, formula, to_numpy(pytorch, out))
+
+
+def test_a_scale_that_is_no_single_number(rng: np.random.Generator, pytorch: Any) -> None:
+    batch = batches.build(rng, [5], [70], num_kv_heads=2, cache_form="tuple")
+    wrapper = planned(batch, "host")
+    q, k, v = (on_torch(pytorch, "host", x) for x in (batch.q, *batch.keys_and_values()))
+    compiled = pytorch.compile(
+        lambda q, scale: wrapper.run(q, (k, v), k_scale=scale), backend="eager", fullgraph=True
+    )
+    for scale in (pytorch.ones(2), pytorch.tensor(True)):
+        with pytest.raises(TypeError, match=r"^k_scale is a Tensor, expected a number$"):
+            compiled(q, scale)
+    with pytest.raises(ValueError, match=r"^k_scale = nan, expected a finite number$"):
+        compiled(q, pytorch.tensor(float("nan")))
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_no_gradients_as_without_the_compiler(
     rng: np.random.Generator, pytorch: Any, compiler: str
