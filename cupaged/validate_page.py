@@ -68,7 +68,10 @@ def appended(key: Any, value: Any) -> None:
 
 
 def cache(shape: tuple[int, ...], key: Any, kv_layout: KVLayout, name: str, stacked: bool) -> int:
-    """Check the shape of K's, V's or the stacked pages; returns the page size."""
+    """Check the shape of K's, V's or the stacked pages; returns the page size.
+
+    Pages of one token may lack the axis of the tokens.
+    """
     _, heads, head_dim = key.shape
     axes = 4 + stacked
     inner = shape[axes - 3 :]
@@ -76,22 +79,25 @@ def cache(shape: tuple[int, ...], key: Any, kv_layout: KVLayout, name: str, stac
     tokens_axis, heads_axis = (0, 1) if kv_layout == "NHD" else (1, 0)
     if whole and inner[heads_axis] == heads:
         page_size = inner[tokens_axis]
-        if not 1 <= page_size <= _MAX_INT:
-            raise ValueError(
-                f"{name} has shape {shape}: page_size = {page_size}, expected 1..{_MAX_INT}"
-            )
-        if shape[0] > _INT32_MAX:
-            raise ValueError(f"{name} holds {shape[0]} pages, expected at most {_INT32_MAX}")
-        return page_size
-    words = ["page_size", f"num_kv_heads={heads}"][:: 1 if kv_layout == "NHD" else -1]
-    expected = ", ".join(["num_pages", *(["2"] if stacked else []), *words])
-    fits = ""
-    if whole and inner[tokens_axis] == heads:
-        fits = f". It fits kv_layout={'HND' if kv_layout == 'NHD' else 'NHD'!r}"
-    raise ValueError(
-        f"{name} has shape {shape}; kv_layout={kv_layout!r} expects "
-        f"({expected}, head_dim={head_dim}) for an append_key of shape {key.shape}{fits}"
-    )
+    elif inner == (heads, head_dim) and (not stacked or shape[1] == 2):
+        page_size = 1
+    else:
+        words = ["page_size", f"num_kv_heads={heads}"][:: 1 if kv_layout == "NHD" else -1]
+        expected = ", ".join(["num_pages", *(["2"] if stacked else []), *words])
+        fits = ""
+        if whole and inner[tokens_axis] == heads:
+            fits = f". It fits kv_layout={'HND' if kv_layout == 'NHD' else 'NHD'!r}"
+        raise ValueError(
+            f"{name} has shape {shape}; kv_layout={kv_layout!r} expects "
+            f"({expected}, head_dim={head_dim}) for an append_key of shape {key.shape}{fits}"
+        )
+    if not 1 <= page_size <= _MAX_INT:
+        raise ValueError(
+            f"{name} has shape {shape}: page_size = {page_size}, expected 1..{_MAX_INT}"
+        )
+    if shape[0] > _INT32_MAX:
+        raise ValueError(f"{name} holds {shape[0]} pages, expected at most {_INT32_MAX}")
+    return page_size
 
 
 def same_pages(k: Any, v: Any) -> None:

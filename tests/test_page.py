@@ -99,6 +99,27 @@ def test_strided_index_arrays(rng: np.random.Generator) -> None:
     assert same_bits(problem.storages, expected)
 
 
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("cache_form", ["tuple", "stacked", "v with it"])
+def test_pages_of_one_token_without_its_axis(
+    rng: np.random.Generator, cache_form: str, kv_layout: str
+) -> None:
+    """As `run()` takes them. There are as many heads as halves of a stacked cache."""
+    form = "stacked" if cache_form == "stacked" else "tuple"
+    shape = {"page_size": 1, "num_kv_heads": 2, "cache_form": form, "kv_layout": kv_layout}
+    problem = build(rng, [9, 5], [3, 2], padding=1, **shape)
+    expected = problem.solved()
+    views = [view.array for view in problem.cache_views]
+    bare = [view.squeeze(-3 if kv_layout == "NHD" else -2) for view in views]
+    cache = {"tuple": tuple(bare), "stacked": bare[0], "v with it": (bare[0], views[-1])}
+    append_paged_kv_cache(
+        *(problem.key_view.array, problem.value_view.array),
+        *(problem.batch_indices, problem.positions, cache[cache_form]),
+        *(problem.kv_indices, problem.kv_indptr, problem.kv_last_page_len, kv_layout),
+    )
+    assert same_bits(problem.storages, expected)
+
+
 def test_the_cache_may_be_a_list(rng: np.random.Generator) -> None:
     problem = build(rng, [20], [3])
     expected = problem.solved()

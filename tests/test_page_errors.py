@@ -149,14 +149,29 @@ APPEND_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         f"k cache has shape (5, 16, 2, 128); {NHD_WORDS}",
     ),
     (
-        {"paged_kv_cache": (pages(16, 2, 64), pages(16, 2, 64))},
+        {"paged_kv_cache": (pages(16, 3, 64), pages(16, 3, 64))},
         ValueError,
-        f"k cache has shape (16, 2, 64); {NHD_WORDS}",
+        f"k cache has shape (16, 3, 64); {NHD_WORDS}",
     ),
     (
         {"paged_kv_cache": (pages(5), pages(5))},
         ValueError,
         f"k cache has shape (5,); {NHD_WORDS}",
+    ),
+    (  # stacked pages of one token, each given for K's
+        {"paged_kv_cache": (pages(5, 1, 2, 2, 64), pages(5, 1, 2, 2, 64))},
+        ValueError,
+        f"k cache has shape (5, 1, 2, 2, 64); {NHD_WORDS}",
+    ),
+    (
+        {"paged_kv_cache": (pages(5, 2, 64), pages(6, 2, 64))},
+        ValueError,
+        "v cache has shape (6, 1, 2, 64), expected (5, 1, 2, 64) as the k cache has",
+    ),
+    (
+        {"paged_kv_cache": pages(5, 3, 2, 64)},
+        ValueError,
+        f"paged_kv_cache has shape (5, 3, 2, 64); {STACKED_WORDS}",
     ),
     (
         {"paged_kv_cache": (pages(5, 0, 2, 64), pages(5, 0, 2, 64))},
