@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cupaged import arrays, single_plans, unserved, validate, validate_lengths
 from cupaged.opaque import opaque
 from cupaged.spec import DTYPES, FLOAT8_DTYPES, RAGGED, SERVED_DTYPES, AttentionSpec
@@ -328,12 +330,28 @@ def _describe(
     kv_len, num_kv_heads = keys.shape[rows], keys.shape[1 - rows]
     if values.shape[rows] != kv_len:
         raise ValueError(f"v has {values.shape[rows]} rows, expected {kv_len} as k does")
+    head_dim, k_head_dim = queries.shape[-1], keys.shape[-1]
+    if k_head_dim != head_dim:
+        raise ValueError(f"k has head_dim {k_head_dim}, expected {head_dim} as q has")
     qo_len = queries.shape[0] if len(axes) == 2 else 1
     return (
         (qo_len, kv_len),
-        (queries.shape[-2], num_kv_heads, keys.shape[-1], values.shape[-1]),
-        (_dtype(queries, "q", SERVED_DTYPES), _dtype(keys, "k", _KV_DTYPES)),
+        (queries.shape[-2], num_kv_heads, head_dim, values.shape[-1]),
+        _dtypes(queries, keys, values),
     )
+
+
+def _dtypes(queries: Any, keys: Any, values: Any) -> tuple[str, str]:
+    """Names of the dtypes of q, and of k and v."""
+    q, k = _dtype(queries, "q", SERVED_DTYPES), _dtype(keys, "k", _KV_DTYPES)
+    if k != q and k not in FLOAT8_DTYPES:
+        raise NotImplementedError(
+            f"k is {k}, served are {q} as q is and {', '.join(FLOAT8_DTYPES)}"
+        )
+    # The bits of a float8 are taken for it.
+    if values.dtype != keys.dtype and (values.dtype != np.uint8 or k not in FLOAT8_DTYPES):
+        raise TypeError(f"v is {words_of_dtype(values)}, expected {k} as k is")
+    return q, k
 
 
 def _dtype(array: Any, name: str, served: tuple[str, ...]) -> str:

@@ -291,13 +291,15 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"v": np.zeros((20, 2, 64), ml_dtypes.bfloat16)},
         TypeError,
-        "v is bfloat16, expected kv_data_type = float16",
+        "v is bfloat16, expected float16 as k is",
     ),
     (
         {"k": np.zeros((20, 2, 64), ml_dtypes.bfloat16)},
         NotImplementedError,
-        "kv_data_type = bfloat16, served are q_data_type = float16 and float8_e4m3fn, float8_e5m2",
+        "k is bfloat16, served are float16 as q is and float8_e4m3fn, float8_e5m2",
     ),
+    ({"v": np.zeros((20, 2, 64), np.uint8)}, TypeError, "v is uint8, expected float16 as k is"),
+    ({"k": f16(20, 2, 32)}, ValueError, "k has head_dim 32, expected 64 as q has"),
     (
         {"k": f16(20, 3, 64)},
         ValueError,
