@@ -46,6 +46,8 @@ HostArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 _INT32 = np.dtype(np.int32)
 _INT64 = np.dtype(np.int64)
+_INT32_RANGE = np.iinfo(np.int32)
+_INT64_RANGE = np.iinfo(np.int64)
 _SPEAKS_DLPACK = "an array that speaks DLPack (CuPy, NumPy, PyTorch, JAX, numba)"
 
 
@@ -120,7 +122,9 @@ def import_index(x: Any, name: str) -> HostArray:
     Raises
     ------
     TypeError
-        No array and no list, or of another dtype.
+        No array and no list, or of another dtype; a tensor on neither host nor CUDA.
+    ValueError
+        A list with a number that int64 can't hold.
     """
     if isinstance(x, np.ndarray):
         host = x
@@ -128,6 +132,8 @@ def import_index(x: Any, name: str) -> HostArray:
         host = _index_list(x, name)
     else:
         if framework(x) == "torch":
+            if not (x.is_cpu or x.is_cuda):
+                raise _out_of_reach(x, name)
             x = x.cpu()
         host = import_tensor(x, name)
         if not isinstance(host, np.ndarray):
@@ -261,7 +267,7 @@ def _from_torch(x: Any, name: str) -> Array:
     if x.is_cuda:
         return _from_torch_cuda(x, name, dtype)
     if not x.is_cpu:
-        raise TypeError(f"{name} is on device {x.device}, expected a CPU or CUDA tensor")
+        raise _out_of_reach(x, name)
     try:
         if dtype.isbuiltin == 1:  # NumPy's own; bfloat16 is not
             return x.numpy()
@@ -336,14 +342,32 @@ def _index_list(x: Sequence[int], name: str) -> HostArray:
     if len(x) == 0:
         return np.empty(0, _INT64)
     try:
-        return np.array(x)
+        array = np.array(x)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} is {_describe(x)} of {_describe(x[0])}, expected ints") from error
+    if array.dtype != _INT64 and array.dtype != _INT32:
+        _check_magnitudes(x, name)
+    return array
+
+
+def _check_magnitudes(x: Sequence[int], name: str) -> None:
+    """Refuse ints for which NumPy takes another dtype than int64, where there are only ints."""
+    if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in x):
+        return
+    for place, i in enumerate(map(int, x)):
+        if not _INT64_RANGE.min <= i <= _INT64_RANGE.max:
+            end = "at most" if i > 0 else "at least"
+            limit = _INT32_RANGE.max if i > 0 else _INT32_RANGE.min
+            raise ValueError(f"{name}[{place}] = {i}, expected {end} {limit}")
 
 
 def _check_index_dtype(dtype: np.dtype[Any], name: str) -> None:
     if dtype != _INT32 and dtype != _INT64:
         raise TypeError(f"{name} has dtype {dtype}, expected int32 or int64")
+
+
+def _out_of_reach(x: Any, name: str) -> TypeError:
+    return TypeError(f"{name} is on device {x.device}, expected a CPU or CUDA tensor")
 
 
 def _not_shared(x: Any, name: str, error: Exception) -> TypeError:

@@ -288,7 +288,8 @@ def test_index_array_of_jax() -> None:
         (np.zeros(2, BFLOAT16), "bfloat16"),
         ([0, 1.5], "float64"),
         ([False, True], "bool"),
-        ([0, 2**70], "object"),
+        ([0, 2**70, 0.5], "object"),
+        ([[0, 2**70]], "object"),
         (["0", "3"], "<U1"),
     ],
 )
@@ -304,6 +305,29 @@ def test_index_tensor_of_another_dtype(dtype: str) -> None:
     with pytest.raises(TypeError) as raised:
         arrays.import_index(torch.zeros(3, dtype=getattr(torch, dtype)), "qo_indptr")
     assert str(raised.value) == f"qo_indptr has dtype {dtype}, expected int32 or int64"
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        ([0, 2, 2**70], "[2] = 1180591620717411303424, expected at most 2147483647"),
+        ((0, 2**63), "[1] = 9223372036854775808, expected at most 2147483647"),
+        ([-1, 2**63, 2**70], "[1] = 9223372036854775808, expected at most 2147483647"),
+        ([0, np.uint64(2**63)], "[1] = 9223372036854775808, expected at most 2147483647"),
+        ([-(2**70), 0], "[0] = -1180591620717411303424, expected at least -2147483648"),
+    ],
+)
+def test_an_index_that_no_integer_dtype_holds(x: Any, words: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        arrays.import_index(x, "qo_indptr")
+    assert str(raised.value) == f"qo_indptr{words}"
+
+
+def test_index_tensor_on_another_device() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError) as raised:
+        arrays.import_index(torch.zeros(3, dtype=torch.int32, device="meta"), "qo_indptr")
+    assert str(raised.value) == "qo_indptr is on device meta, expected a CPU or CUDA tensor"
 
 
 def test_index_that_is_no_list_of_ints() -> None:
