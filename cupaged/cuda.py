@@ -161,12 +161,7 @@ def _run_unaligned(
     installed.
     """
     q, k, v, target = map(_without_idle_strides, (q, k, v, out))
-    for name, pages in (("k cache", k), ("v cache", v)):
-        if not _aligned(pages):
-            raise ValueError(
-                f"{name} begins at address {pages.data.ptr:#x} with strides {pages.strides} in "
-                f"bytes, expected multiples of {_ROW_ALIGNMENT}"
-            )
+    check_aligned(k, v)
     if is_recorded(stream):
         for name, rows in (("q", q), ("out", target)):
             if not _aligned(rows):
@@ -185,6 +180,26 @@ def _run_unaligned(
     return False
 
 
+def check_aligned(k: Any, v: Any, names: tuple[str, str] = ("k cache", "v cache")) -> None:
+    """Refuse K and V on a device that no kernel can read.
+
+    Raises
+    ------
+    ValueError
+        A row doesn't begin at a multiple of 16 bytes.
+    """
+    # Both at once, for what is called layer after layer; strides that say nothing come later.
+    bits = functools.reduce(operator.or_, (*k.strides[:-1], *v.strides[:-1]), k.data.ptr)
+    if not (bits | v.data.ptr) % _ROW_ALIGNMENT:
+        return
+    for name, array in zip(names, (k, v), strict=True):
+        if not _aligned(array):
+            raise ValueError(
+                f"{name} begins at address {array.data.ptr:#x} with strides {array.strides} in "
+                f"bytes, expected multiples of {_ROW_ALIGNMENT}"
+            )
+
+
 def _without_idle_strides(array: Any) -> Any:
     """A view whose axes of length 1 have a stride of 0: whatever it was, nothing is at it."""
     strides = [
@@ -195,6 +210,11 @@ def _without_idle_strides(array: Any) -> Any:
 
 
 def _aligned(array: Any) -> bool:
-    """Whether every row begins at a multiple of `_ROW_ALIGNMENT` bytes."""
-    bits = functools.reduce(operator.or_, array.strides[:-1], array.data.ptr)
+    """Whether every row begins at a multiple of `_ROW_ALIGNMENT` bytes.
+
+    Nothing is at the stride of an axis of length 1.
+    """
+    rows = zip(array.shape[:-1], array.strides, strict=False)
+    strides = (stride for length, stride in rows if length != 1)
+    bits = functools.reduce(operator.or_, strides, array.data.ptr)
     return bool(bits % _ROW_ALIGNMENT == 0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupaged import arrays, door, flash_calls, validate, validate_run
+import numpy as np
+
+from cupaged import arrays, cuda, door, flash_calls, validate, validate_run
 from cupaged.door import Planned
 from cupaged.opaque import opaque
 from cupaged.page import append_paged_kv_cache
@@ -285,9 +287,11 @@ def flash_attn_with_kvcache(
 
 
 def _append_new(plan: Planned, new: tuple[Array, Array] | None, keys: Array, values: Array) -> None:
-    """Write the new tokens to the cache."""
+    """Write the new tokens to the cache, unless attention would refuse it."""
     if new is None or plan.batch.append is None:
         return
+    if not isinstance(keys, np.ndarray):
+        cuda.check_aligned(keys, values, ("k_cache", "v_cache"))
     k, v = (door.reshaped(x, (x.shape[0] * x.shape[1], *x.shape[2:])) for x in new)
     at = plan.batch.append
     append_paged_kv_cache(

@@ -74,6 +74,17 @@ def test_cupy_decoding(cp: Any, rng: np.random.Generator, on_device: bool) -> No
         lengths += 1
 
 
+@pytest.mark.parametrize("which", ["k_cache", "v_cache"])
+def test_an_unaligned_cache_is_not_written(cp: Any, which: str) -> None:
+    q = cp.zeros((2, 1, 2, 64), np.float16)
+    caches = {name: cp.zeros((2, 8, 2, 64), np.float16) for name in ("k_cache", "v_cache")}
+    caches[which] = cp.zeros((2, 8, 2, 65), np.float16)[..., :64]
+    new = to_gpu(np.ones((2, 1, 2, 64), np.float16))
+    with pytest.raises(ValueError, match=f"^{which} begins at address 0x"):
+        flash_attn_with_kvcache(q, **caches, k=new, v=new, cache_seqlens=1)
+    assert all((to_host(x) == 0).all() for x in caches.values())
+
+
 def test_torch_counts_changes(
     cp: Any, torch: Any, rng: np.random.Generator, nothing_planned: list[door.Call]
 ) -> None:

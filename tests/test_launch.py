@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from compiler import plain_kernel
 
-from cupaged import cuda, tensor_maps
+from cupaged import cuda, flash_attn, tensor_maps
 from cupaged.device_plan import ReadyLaunch, arguments_with
+from cupaged.door import Append, Batch, Planned, Rows
 from cupaged.kernel_spec import PARAMS_DTYPE
 from cupaged.spec import AttentionSpec
 from cupaged.transform import Transform
@@ -177,6 +178,51 @@ def test_the_kernel_without_maps_serves_where_there_are_none(
     monkeypatch.setattr(tensor_maps, "pair", lambda *arguments: None)
     cuda.run(plan_of(), 7, *tensors(), None, (1.0, 1.0, 1.0))
     assert launches.found[0].function == 44
+
+
+def unaligned(form: str) -> Array:
+    """Pages on a device of which no kernel can read a row."""
+    if form == "address":
+        return Array((1 << 21) + 8, (PAGES, PAGE_SIZE, HEADS, DIM))
+    return Array(1 << 21, (PAGES, PAGE_SIZE, HEADS, DIM + 1))
+
+
+@pytest.mark.parametrize("names", [("k cache", "v cache"), ("k_cache", "v_cache")])
+@pytest.mark.parametrize("form", ["address", "strides"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_unaligned_cache_is_named(which: int, form: str, names: tuple[str, str]) -> None:
+    _, *cache, _ = tensors()
+    cache[which] = unaligned(form)
+    with pytest.raises(ValueError) as raised:
+        cuda.check_aligned(*cache, names)
+    assert str(raised.value) == (
+        f"{names[which]} begins at address {cache[which].data.ptr:#x} with strides "
+        f"{cache[which].strides} in bytes, expected multiples of 16"
+    )
+
+
+def test_strides_that_say_nothing_are_no_matter() -> None:
+    cuda.check_aligned(*tensors()[1:3])
+    cache = [Array(1 << 21, (PAGES, PAGE_SIZE, 1, DIM)) for _ in "kv"]
+    for x in cache:
+        x.strides = (*x.strides[:2], 6, 2)
+    cuda.check_aligned(*cache)
+
+
+def test_a_cache_that_attention_refuses_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        flash_attn, "append_paged_kv_cache", lambda *arguments: pytest.fail("was written to")
+    )
+    append = Append(*[np.zeros(1, np.int64)] * 5)
+    plan = Planned(None, Batch(None, Rows(np.zeros(1, np.int64)), append), -1, 0, ())  # type: ignore[arg-type]
+    new = np.zeros((1, 1, HEADS, DIM), np.float16)
+    _, fine, _, _ = tensors()
+    for names, cache in (
+        ("k_cache", (unaligned("address"), fine)),
+        ("v_cache", (fine, unaligned("strides"))),
+    ):
+        with pytest.raises(ValueError, match=f"^{names} begins at address "):
+            flash_attn._append_new(plan, (new, new), *cache)
 
 
 def test_calls_after_each_other_share_memory_and_calls_at_once_do_not(
