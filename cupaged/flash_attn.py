@@ -252,6 +252,11 @@ def flash_attn_with_kvcache(
     new = None
     if k is not None or v is not None:
         for x, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
+            if arrays.framework(x) == "jax":
+                raise TypeError(
+                    f"{name} is a JAX array, which is immutable: write k and v into the cache "
+                    "yourself, and omit k and v"
+                )
             arrays.writable(x, name)
         new = flash_calls.new_tokens(q, k, v, batch, keys, values)
         if cache_seqlens is None:

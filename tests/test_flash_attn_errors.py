@@ -292,11 +292,16 @@ def test_errors_of_kvcache(options: dict[str, Any], error: type[Exception], mess
         assert (arguments[name] == x).all()  # nothing has been written
 
 
-def test_a_jax_cache_is_not_written() -> None:
-    cache = given_as(CACHE["k_cache"], "jax")
-    with pytest.raises(TypeError, match=r"^k_cache is a JAX array, which is immutable"):
-        flash_attn_with_kvcache(CACHE["q"], cache, cache, NEW, NEW, cache_seqlens=1)
-    assert (np.asarray(cache) == 0).all()
+@pytest.mark.parametrize("which", ["k_cache", "v_cache"])
+def test_a_jax_cache_is_not_written(which: str) -> None:
+    caches = {**CACHE, which: given_as(CACHE[which], "jax")}
+    with pytest.raises(TypeError) as raised:
+        flash_attn_with_kvcache(**caches, k=NEW, v=NEW, cache_seqlens=1)
+    assert str(raised.value) == (
+        f"{which} is a JAX array, which is immutable: write k and v into the cache yourself, and "
+        "omit k and v"
+    )
+    assert all((np.asarray(x) == 0).all() for x in caches.values())
 
 
 def test_a_cache_without_room_has_no_key() -> None:
