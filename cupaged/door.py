@@ -287,10 +287,17 @@ def check_pages(plan: Planned, num_pages: int) -> None:
     ValueError
         It has a page that the cache has not.
     """
-    if isinstance(plan.batch.keys, Pages) and plan.highest >= num_pages:
+    keys = plan.batch.keys
+    if isinstance(keys, Pages) and plan.highest >= num_pages:
+        kv_len = bands.view(plan.batch.band).kv_len
+        end, _ = page_counts(keys.begin + kv_len, keys.page_size)
+        place = np.arange(keys.table.shape[1])
+        used = (place >= (keys.begin // keys.page_size)[:, None]) & (place < end[:, None])
+        used &= (kv_len > 0)[:, None]
+        request, page = np.argwhere(used & (keys.table >= num_pages))[0]
         raise ValueError(
-            f"{plan.batch.keys.name} has page {plan.highest}, expected 0..{num_pages - 1}: "
-            f"the cache holds {num_pages} pages"
+            f"{keys.name}[{request}, {page}] = {keys.table[request, page]}, "
+            f"expected 0..{num_pages - 1}: the cache holds {num_pages} pages"
         )
 
 

@@ -147,6 +147,13 @@ def cache_batch(sizes: CacheSizes, lengths: Lengths) -> Batch:
         name, numbers = lengths.table.name, page_table(lengths.table, batch)
     elif lengths.get(name) is not None:
         numbers = of_requests(lengths[name], batch)[:, None]
+        over = numbers[:, 0] >= num_caches
+        if over.any():
+            r = int(over.argmax())
+            raise ValueError(
+                f"{name}[{r}] = {numbers[r, 0]}, expected 0..{num_caches - 1}: "
+                f"k_cache has {num_caches} rows"
+            )
     elif batch > num_caches:
         raise ValueError(f"k_cache has {num_caches} rows, expected at least {batch} as q has")
     room = numbers.shape[1] * page_size
@@ -167,11 +174,6 @@ def cache_batch(sizes: CacheSizes, lengths: Lengths) -> Batch:
     )
     band = bands.bottom_right(qo_len, kv_len - begin, *sizes.window)
     if sizes.flat and lengths.table is None:
-        if numbers.max(initial=-1) >= num_caches:
-            raise ValueError(
-                f"{name} has {numbers.max()}, expected 0..{num_caches - 1}: "
-                f"k_cache has {num_caches} rows"
-            )
         return Batch(band, Rows(numbers[:, 0] * page_size + begin), append)
     if not sizes.flat and (begin % page_size).any():
         raise NotImplementedError(

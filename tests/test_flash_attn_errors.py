@@ -124,7 +124,7 @@ SLOPES = np.array([0.0625, 0.00390625], np.float32)
         (
             {"k": PAGES, "v": PAGES, "block_table": np.array([[0, 1], [2, 3]])},
             ValueError,
-            "block_table has page 3, expected 0..2: the cache holds 3 pages",
+            "block_table[1, 1] = 3, expected 0..2: the cache holds 3 pages",
         ),
         (
             {"k": PAGES, "v": PAGES, "block_table": np.array([[0], [2]])},
@@ -151,6 +151,7 @@ CACHE = {
     "v_cache": np.zeros((3, 8, 2, 64), np.float16),
 }
 NEW = np.ones((2, 2, 2, 64), np.float16)
+BESIDE = np.zeros((3, 2, 8, 2, 64), np.float16).swapaxes(0, 1)
 NO_PAGE = np.zeros((3, 0, 2, 64), np.float16)
 
 
@@ -217,7 +218,13 @@ def read_only(x: Array) -> Array:
         (
             {"cache_batch_idx": [0, 3]},
             ValueError,
-            "cache_batch_idx has 3, expected 0..2: k_cache has 3 rows",
+            "cache_batch_idx[1] = 3, expected 0..2: k_cache has 3 rows",
+        ),
+        (
+            # K and V beside each other: their rows are no one axis.
+            {**dict(zip(("k_cache", "v_cache"), BESIDE, strict=True)), "cache_batch_idx": [4, 0]},
+            ValueError,
+            "cache_batch_idx[0] = 4, expected 0..2: k_cache has 3 rows",
         ),
         (
             {"cache_batch_idx": [0, 1], "block_table": [[0], [1]]},
@@ -278,7 +285,18 @@ def read_only(x: Array) -> Array:
         (
             {"k": NEW, "v": NEW, "cache_seqlens": 1, "block_table": np.array([[0], [3]])},
             ValueError,
-            "block_table has page 3, expected 0..2: the cache holds 3 pages",
+            "block_table[1, 0] = 3, expected 0..2: the cache holds 3 pages",
+        ),
+        (
+            # Only request 0 has a key on its second page.
+            {"block_table": np.array([[0, 4], [1, 5]]), "cache_seqlens": [9, 8]},
+            ValueError,
+            "block_table[0, 1] = 4, expected 0..2: the cache holds 3 pages",
+        ),
+        (
+            {"page_table": np.array([[0, 4], [1, 5]]), "cache_seqlens": [8, 9]},
+            ValueError,
+            "page_table[1, 1] = 5, expected 0..2: the cache holds 3 pages",
         ),
     ],
 )

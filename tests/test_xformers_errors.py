@@ -32,6 +32,12 @@ def paged(table: Any, page_size: int = 3, kv_len: Any = (4, 5)) -> Any:
     return PAGED.from_seqlens([2, 3], list(kv_len), np.array(table, np.int32), page_size)
 
 
+def gappy(table: Any) -> Any:
+    """Pages of 3 keys; no request has keys on its first page, nor the first one on its last."""
+    kind = twins.PagedBlockDiagonalGappyKeysMask
+    return kind.from_seqlens([2, 3], [4, 5], [2, 2], np.array(table, np.int32), 3)
+
+
 class OtherMask(twins.BlockDiagonalMask):
     def materialize(self) -> None:
         pass
@@ -128,7 +134,13 @@ class OtherMask(twins.BlockDiagonalMask):
             (Q, KV, KV, paged([[0, 1], [2, 3]])),
             {},
             ValueError,
-            "attn_bias.block_tables has page 3, expected 0..2: the cache holds 3 pages",
+            "attn_bias.block_tables[1, 1] = 3, expected 0..2: the cache holds 3 pages",
+        ),
+        (
+            (Q, KV, KV, gappy([[7, 0, 1], [7, 2, 9]])),
+            {},
+            ValueError,
+            "attn_bias.block_tables[1, 2] = 9, expected 0..2: the cache holds 3 pages",
         ),
         (
             (Q, KV, KV, paged([[0, 1], [2, -1]])),
