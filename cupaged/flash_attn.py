@@ -272,7 +272,7 @@ def flash_attn_with_kvcache(
     )
     device = validate_run.one_device(queries, keys, values, ("k_cache", "v_cache"))
     if new is not None:
-        validate_run.own_beginnings(keys, values, ("k_cache", "v_cache"))
+        validate_run.own_memory(keys, values, ("k_cache", "v_cache"))
     current, stream = arrays.on_stream_of(q, device)
     with current:
         plan = door.planned(

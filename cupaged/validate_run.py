@@ -6,6 +6,7 @@ something is wrong.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -229,12 +230,26 @@ def share_memory(first: Any, second: Any) -> bool:
     if not first.size or not second.size:
         return False
     offset = address(second) - address(first)
-    return _has_element_at(first, offset) or _has_element_at(second, -offset)
+    return _share_elements(offset, first.shape, first.strides, second.shape, second.strides)
 
 
-def _has_element_at(array: Any, offset: int) -> bool:
+@lru_cache(maxsize=4096)
+def _share_elements(
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    other_shape: tuple[int, ...],
+    other_strides: tuple[int, ...],
+) -> bool:
+    """What `share_memory` says; kept, as a layer's K and V lie alike step after step."""
+    return _has_element_at(shape, strides, offset) or _has_element_at(
+        other_shape, other_strides, -offset
+    )
+
+
+def _has_element_at(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> bool:
     """Whether an element is so many bytes behind the first one, taking long strides first."""
-    axes = sorted(zip(array.strides, array.shape, strict=True), key=lambda axis: -abs(axis[0]))
+    axes = sorted(zip(strides, shape, strict=True), key=lambda axis: -abs(axis[0]))
     for stride, length in axes:
         if stride:
             offset -= min(max(offset // stride, 0), length - 1) * stride

@@ -152,6 +152,7 @@ CACHE = {
 }
 NEW = np.ones((2, 2, 2, 64), np.float16)
 BESIDE = np.zeros((3, 2, 8, 2, 64), np.float16).swapaxes(0, 1)
+MORE = np.zeros((4, 8, 2, 64), np.float16)
 NO_PAGE = np.zeros((3, 0, 2, 64), np.float16)
 
 
@@ -257,6 +258,16 @@ def read_only(x: Array) -> Array:
             "k_cache and v_cache share memory, expected elements of their own",
         ),
         (
+            {"k": NEW, "v": NEW, "cache_seqlens": 1, "k_cache": MORE[:-1], "v_cache": MORE[1:]},
+            ValueError,
+            "k_cache and v_cache share memory, expected elements of their own",
+        ),
+        (
+            {"k": NEW, "v": NEW, "cache_seqlens": 1, "k_cache": MORE[1:], "v_cache": MORE[:-1]},
+            ValueError,
+            "k_cache and v_cache share memory, expected elements of their own",
+        ),
+        (
             {"k": NEW, "v": NEW, "cache_seqlens": 1, "q": CACHE["q"].repeat(2, -1)[..., ::2]},
             ValueError,
             "q has a stride of 2 elements on its last axis, expected 1: head_dim must be "
@@ -320,6 +331,15 @@ def test_a_jax_cache_is_not_written(which: str) -> None:
         "omit k and v"
     )
     assert all((np.asarray(x) == 0).all() for x in caches.values())
+
+
+def test_k_and_v_beside_each_other_are_written() -> None:
+    """In one piece of memory, but with elements of their own."""
+    k_cache, v_cache = np.zeros_like(BESIDE.swapaxes(0, 1)).swapaxes(0, 1)
+    flash_attn_with_kvcache(CACHE["q"], k_cache, v_cache, NEW, -NEW, cache_seqlens=1)
+    for cache, sign in ((k_cache, 1), (v_cache, -1)):
+        assert (cache[:2, 1:3] == sign).all()
+        assert (cache != 0).sum() == NEW.size
 
 
 def test_a_cache_without_room_has_no_key() -> None:
