@@ -19,6 +19,7 @@ from cupaged.bands import Band
 from cupaged.kept_plans import KeptPlans
 from cupaged.prefill import BatchPrefillWithPagedKVCacheWrapper
 from cupaged.ragged import BatchPrefillWithRaggedKVCacheWrapper
+from cupaged.spec import FLOAT8_DTYPES, SERVED_DTYPES, SERVED_HEAD_DIMS
 
 Array = Any  # a numpy.ndarray or a cupy.ndarray
 IntArray = npt.NDArray[np.int64]
@@ -169,6 +170,7 @@ def planned(
     key: Hashable,
     describe: Callable[[], Batch],
     owners: tuple[Any, ...] = (),
+    names: tuple[str, str, str] = ("q", "k", "v"),
 ) -> Planned:
     """The plan of a call, kept or made.
 
@@ -182,6 +184,8 @@ def planned(
     describe : callable
     owners : tuple
         What has to be kept for `key` to stay right.
+    names : tuple of str
+        What the caller calls q, K and V.
 
     Raises
     ------
@@ -199,9 +203,37 @@ def planned(
     key = (call, place, key)
     found = _plans.get(key)
     if found is None:
+        _check_served(call, names)
         found = _plan(call, device, describe(), owners)
         _plans.put(key, found)
     return found
+
+
+def _check_served(call: Call, names: tuple[str, str, str]) -> None:
+    """Refuse what `plan()` refuses, whose names for it are not the caller's."""
+    q, k, v = names
+    heads, kv_heads, dim, dim_vo = call[:4]
+    for name, number in ((q, heads), (k, kv_heads)):
+        if not number:
+            raise ValueError(f"{name} has no heads, expected at least 1")
+    if heads % kv_heads:
+        raise ValueError(f"{q} has {heads} heads, expected a multiple of {kv_heads} as {k} has")
+    if (dim, dim_vo) not in SERVED_HEAD_DIMS:
+        served = ", ".join(f"{each}" for each, out in SERVED_HEAD_DIMS if each == out)
+        if dim == dim_vo:
+            raise NotImplementedError(f"{q} has head_dim {dim}, served are {served}")
+        others = ", ".join(f"{each}/{out}" for each, out in SERVED_HEAD_DIMS if each != out)
+        raise NotImplementedError(
+            f"{q} has head_dim {dim} and {v} {dim_vo}, served are equal ones of {served}, "
+            f"and {others}"
+        )
+    if call.dtype not in SERVED_DTYPES:
+        raise NotImplementedError(f"{q} is {call.dtype}, served are {', '.join(SERVED_DTYPES)}")
+    if call.kv_dtype not in (call.dtype, *FLOAT8_DTYPES):
+        raise NotImplementedError(
+            f"{k} is {call.kv_dtype}, served are {call.dtype} as {q} is, and "
+            f"{', '.join(FLOAT8_DTYPES)}"
+        )
 
 
 def _plan(call: Call, device: int | None, batch: Batch, owners: tuple[Any, ...]) -> Planned:

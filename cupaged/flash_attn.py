@@ -278,6 +278,7 @@ def flash_attn_with_kvcache(
         plan = door.planned(
             *(call, (device, stream), (sizes, lengths.key)),
             *(lambda: flash_calls.cache_batch(sizes, lengths), lengths.owners),
+            names=("q", "k_cache", "v_cache"),
         )
         door.check_pages(plan, len(keys))
         _append_new(plan, new, keys, values)

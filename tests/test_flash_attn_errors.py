@@ -95,6 +95,17 @@ SLOPES = np.array([0.0625, 0.00390625], np.float32)
             "k has head_dim 32, expected 64 as q has",
         ),
         (
+            {"q": Q[:, :1], "cu_seqlens_q": [0, 2, 6]},
+            ValueError,
+            "q has 1 heads, expected a multiple of 2 as k has",
+        ),
+        ({"q": Q[:, :0]}, ValueError, "q has no heads, expected at least 1"),
+        (
+            {"v": K[..., :32]},
+            NotImplementedError,
+            "q has head_dim 64 and v 32, served are equal ones of 64, 96, 128, 256, and 192/128",
+        ),
+        (
             {"alibi_slopes": SLOPES * 2, "causal": True},
             NotImplementedError,
             "alibi_slopes are others than those of Press et al. for 2 heads, which alone are "
@@ -153,6 +164,7 @@ CACHE = {
 NEW = np.ones((2, 2, 2, 64), np.float16)
 BESIDE = np.zeros((3, 2, 8, 2, 64), np.float16).swapaxes(0, 1)
 MORE = np.zeros((4, 8, 2, 64), np.float16)
+WIDE = CACHE["k_cache"].astype(np.float32)
 NO_PAGE = np.zeros((3, 0, 2, 64), np.float16)
 
 
@@ -276,7 +288,33 @@ def read_only(x: Array) -> Array:
         (
             {"k": NEW, "v": NEW, "cache_seqlens": 1, "q": CACHE["q"].astype(np.float32)},
             NotImplementedError,
-            "q_data_type = float32, served are float16, bfloat16",
+            "q is float32, served are float16, bfloat16",
+        ),
+        (
+            {"k_cache": WIDE, "v_cache": WIDE},
+            NotImplementedError,
+            "k_cache is float32, served are float16 as q is, and float8_e4m3fn, float8_e5m2",
+        ),
+        (
+            {"q": np.zeros((2, 1, 3, 64), np.float16)},
+            ValueError,
+            "q has 3 heads, expected a multiple of 2 as k_cache has",
+        ),
+        (
+            {"k_cache": CACHE["k_cache"][:, :, :0], "v_cache": CACHE["v_cache"][:, :, :0]},
+            ValueError,
+            "k_cache has no heads, expected at least 1",
+        ),
+        (
+            {name: x[..., :56] for name, x in CACHE.items()},
+            NotImplementedError,
+            "q has head_dim 56, served are 64, 96, 128, 256",
+        ),
+        (
+            {"v_cache": CACHE["v_cache"][..., :56]},
+            NotImplementedError,
+            "q has head_dim 64 and v_cache 56, served are equal ones of 64, 96, 128, 256, and "
+            "192/128",
         ),
         (
             {"k": NEW, "v": NEW, "cache_seqlens": 1, "softmax_scale": 3e38},

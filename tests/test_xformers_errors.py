@@ -62,6 +62,12 @@ class OtherMask(twins.BlockDiagonalMask):
         ),
         ((Q, KV, KV), {"scale": math.nan}, ValueError, "scale = nan, expected a finite number"),
         (
+            (Q, KV, KV),
+            {"scale": 3e38},
+            ValueError,
+            "scale = 3e+38, expected at most 1.701e+38 in magnitude",
+        ),
+        (
             (Q[0, 0], KV, KV),
             {},
             ValueError,
@@ -90,7 +96,32 @@ class OtherMask(twins.BlockDiagonalMask):
             tuple(x.astype(np.float32) for x in (Q, KV, KV)),
             {},
             NotImplementedError,
-            "q_data_type = float32, served are float16, bfloat16",
+            "query is float32, served are float16, bfloat16",
+        ),
+        (
+            (Q, KV.astype(np.float32), KV.astype(np.float32)),
+            {},
+            NotImplementedError,
+            "key is float32, served are float16 as query is, and float8_e4m3fn, float8_e5m2",
+        ),
+        (
+            tuple(x[..., :56] for x in (Q, KV, KV)),
+            {},
+            NotImplementedError,
+            "query has head_dim 56, served are 64, 96, 128, 256",
+        ),
+        (
+            (Q, KV, KV[..., :56]),
+            {},
+            NotImplementedError,
+            "query has head_dim 64 and value 56, served are equal ones of 64, 96, 128, 256, and "
+            "192/128",
+        ),
+        (
+            tuple(x[:, :, :0] for x in (Q, KV, KV)),
+            {},
+            ValueError,
+            "query has no heads, expected at least 1",
         ),
         (
             (Q[:, :4], KV, KV, BLOCKS),

@@ -106,9 +106,12 @@ def memory_efficient_attention_forward(
         reading = read(attn_bias, batch, num_queries, num_keys, flat)
         call = door.Call(
             *(num_heads, k.shape[2], head_dim, v.shape[-1], dtype, kv_dtype),
-            sm_scale=None if scale is None else validate.scale(scale, "scale"),
+            sm_scale=None if scale is None else validate.factor(scale, "scale"),
         )
-        plan = door.planned(call, (device, stream), reading.key, reading.describe, reading.owners)
+        plan = door.planned(
+            *(call, (device, stream), reading.key, reading.describe, reading.owners),
+            names=("query", "key", "value"),
+        )
         k, v = (_rows_or_pages(x, reading.page_size) for x in (k, v))
         door.check_pages(plan, len(k))
         q = door.reshaped(q, (batch * num_queries, num_heads, head_dim))
