@@ -325,17 +325,6 @@ def test_a_page_table_changed_in_place_is_seen(
     assert len(nothing_planned) == 2
 
 
-@pytest.mark.parametrize("kind", FRAMEWORKS)
-def test_tensors_of_a_list(rng: np.random.Generator, kind: str) -> None:
-    given_list = [given_as(batched(rng, b, n, 2), kind) for b, n in ((2, 3), (1, 5))]
-    bias, x = twins.BlockDiagonalMask.from_tensor_list(given_list)
-    assert to_numpy(x, kind).shape == (1, 11, 2, 64)
-    assert bias.q_seqinfo.seqstart_py == [0, 3, 6, 11]
-    for one, back in zip(given_list, bias.split(attention(x, x, x, bias)), strict=True):
-        each = attention(one, one, one)
-        assert (to_numpy(back, kind) == to_numpy(each, kind)).all()
-
-
 def test_paged_twins_without_another(rng: np.random.Generator) -> None:
     """`from_seqlens()` of the gappy ones, which is made as `make_paged()` makes it."""
     table = np.array([[0, 1, 2], [4, 3, 5]], np.int32)

@@ -250,6 +250,30 @@ def test_errors(
             "block_tables has shape (3,), expected (batch, pages)",
         ),
         (
+            lambda: twins.BlockDiagonalMask.from_tensor_lists_qkv([], []),
+            "tensors_q has no array, expected at least one",
+        ),
+        (
+            lambda: twins.BlockDiagonalMask.from_tensor_lists_qkv([Q, Q], [KV]),
+            "tensors_k has 1 arrays, expected 2 as tensors_q has",
+        ),
+        (
+            lambda: twins.BlockDiagonalMask.from_tensor_lists_qkv([Q], [KV], [KV, KV]),
+            "tensors_v has 2 arrays, expected 1 as tensors_q has",
+        ),
+        (
+            lambda: twins.BlockDiagonalMask.from_tensor_lists_qkv([Q], [KV[0, 0, 0]]),
+            "tensors_k[0] has shape (64,), expected (batch, rows, ...)",
+        ),
+        (
+            lambda: twins.BlockDiagonalMask.from_tensor_lists_qkv([Q, Q], [KV, KV.repeat(2, 0)]),
+            "tensors_k[1] has batch size 2, expected 1 as tensors_q[1] has",
+        ),
+        (
+            lambda: twins.BlockDiagonalMask.from_tensor_lists_qkv([Q], [KV], [KV[:, :8]]),
+            "tensors_v[0] has shape (1, 8, 2, 64), expected (1, 9, ...) as tensors_k[0] has",
+        ),
+        (
             lambda: BLOCKS.split(Q[:, :4]),
             "tensor has shape (1, 4, 2, 64), expected (1, 5, ...)",
         ),

@@ -3,6 +3,8 @@
 Names and argument orders follow xFormers' classes of these names. They hold lengths on the host,
 whatever `device` says; a page table stays the array that was given. Block `r` of the queries, a
 request's, sees keys of block `r` alone.
+
+They have no `materialize()`, whose mask is as large as all logits: no call here takes one.
 """
 
 from cupaged.xformers.block_diagonal import (

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cupaged import validate
-from cupaged.xformers.seqlens import SeqLenInfo, check_batch, check_windows, concatenated
+from cupaged.xformers.seqlens import (
+    SeqLenInfo,
+    check_batch,
+    check_lists,
+    check_windows,
+    concatenated,
+)
 
 _Bias = TypeVar("_Bias", bound="AttentionBias")
 _Blocks = TypeVar("_Blocks", bound="BlockDiagonalMask")
@@ -105,6 +111,44 @@ class BlockDiagonalMask(AttentionBias):
         bias = cls.from_seqlens([x.shape[1] for x in tensors for _ in range(x.shape[0])])
         bias._batch_sizes = sizes
         return bias, concatenated(tensors)
+
+    @classmethod
+    def from_tensor_lists_qkv(
+        cls: type[_Blocks],
+        tensors_q: Sequence[Any],
+        tensors_k: Sequence[Any],
+        tensors_v: Sequence[Any] | None = None,
+    ) -> tuple[_Blocks, Any, Any, Any]:
+        """The bias of queries and keys in lists, and each list as one array.
+
+        Parameters
+        ----------
+        tensors_q : sequence of array [batch, queries, ...]
+        tensors_k, tensors_v : sequence of array [batch, keys, ...]
+            As many, of the same batches; values are optional.
+
+        Returns
+        -------
+        bias : cls
+        q, k, v : array [1, all rows, ...]
+            v is None where no values were given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Lists that don't fit each other; names the array.
+        """
+        check_lists(tensors_q, tensors_k, tensors_v)
+        sizes = [x.shape[0] for x in tensors_q]
+        q_seqlen, kv_seqlen = (
+            [x.shape[1] for x in tensors for _ in range(x.shape[0])]
+            for tensors in (tensors_q, tensors_k)
+        )
+        bias = cls.from_seqlens(q_seqlen, kv_seqlen)
+        bias._batch_sizes = sizes
+        q, k = concatenated(tensors_q, "tensors_q"), concatenated(tensors_k, "tensors_k")
+        v = None if tensors_v is None else concatenated(tensors_v, "tensors_v")
+        return bias, q, k, v
 
     def split(self, tensor: Any) -> list[Any]:
         """Cut `[1, all rows, ...]` into the arrays that `from_tensor_list()` was given."""

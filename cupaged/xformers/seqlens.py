@@ -119,13 +119,15 @@ def lengths(x: Any, name: str) -> list[int]:
     return found
 
 
-def concatenated(tensors: Sequence[Any]) -> Any:
+def concatenated(tensors: Sequence[Any], name: str = "tensors") -> Any:
     """`[batch, rows, ...]` arrays of one framework behind one another: `[1, all rows, ...]`."""
+    if not len(tensors):
+        raise ValueError(f"{name} has no array, expected at least one")
     flat = [x.reshape((1, x.shape[0] * x.shape[1], *x.shape[2:])) for x in tensors]
     kind = arrays.framework(flat[0])
     if kind not in ("numpy", "cupy", "torch", "jax"):
         raise TypeError(
-            f"tensors[0] is {validate.what(tensors[0])}, expected an array of NumPy, CuPy, "
+            f"{name}[0] is {validate.what(tensors[0])}, expected an array of NumPy, CuPy, "
             "PyTorch or JAX"
         )
     module = sys.modules["jax.numpy" if kind == "jax" else kind]
@@ -136,6 +138,38 @@ def check_batch(q_seqinfo: SeqLenInfo, batch: int) -> None:
     expected = len(q_seqinfo.seqstart_py) - 1
     if batch != expected:
         raise ValueError(f"kv_seqlen has {batch} entries, expected {expected} as q_seqlen has")
+
+
+def check_lists(
+    tensors_q: Sequence[Any], tensors_k: Sequence[Any], tensors_v: Sequence[Any] | None
+) -> None:
+    """Hold lists of queries, keys and values against each other."""
+    lists = {"tensors_k": tensors_k}
+    if tensors_v is not None:
+        lists["tensors_v"] = tensors_v
+    for name, tensors in lists.items():
+        if len(tensors) != len(tensors_q):
+            raise ValueError(
+                f"{name} has {len(tensors)} arrays, expected {len(tensors_q)} as tensors_q has"
+            )
+    for name, tensors in {"tensors_q": tensors_q, **lists}.items():
+        for i, x in enumerate(tensors):
+            if len(x.shape) < 2:
+                raise ValueError(
+                    f"{name}[{i}] has shape {tuple(x.shape)}, expected (batch, rows, ...)"
+                )
+    for i, (q, k) in enumerate(zip(tensors_q, tensors_k, strict=True)):
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"tensors_k[{i}] has batch size {k.shape[0]}, expected {q.shape[0]} as "
+                f"tensors_q[{i}] has"
+            )
+        v = k if tensors_v is None else tensors_v[i]
+        if tuple(v.shape[:2]) != tuple(k.shape[:2]):
+            raise ValueError(
+                f"tensors_v[{i}] has shape {tuple(v.shape)}, expected "
+                f"({k.shape[0]}, {k.shape[1]}, ...) as tensors_k[{i}] has"
+            )
 
 
 def check_windows(window_left: int, window_right: int) -> None:
