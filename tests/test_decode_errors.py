@@ -79,11 +79,7 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"disable_split_kv": "no"}, TypeError, "disable_split_kv is a str, expected a bool"),
     ({"fixed_split_size": 2.5}, TypeError, "fixed_split_size is a float, expected an int"),
     ({"fixed_split_size": 0}, ValueError, "fixed_split_size = 0, expected at least 1"),
-    (
-        {"fixed_split_size": 2, "disable_split_kv": True},
-        ValueError,
-        "fixed_split_size and disable_split_kv exclude each other",
-    ),
+    ({"fixed_split_size": -2}, ValueError, "fixed_split_size = -2, expected at least 1"),
     # Dtypes
     ({"q_data_type": "float64"}, TypeError, f"q_data_type = 'float64', {SERVED}"),
     ({"kv_data_type": "fp8"}, TypeError, f"kv_data_type = 'fp8', {SERVED}"),

@@ -47,6 +47,7 @@ RUN_UNSERVED: dict[str, tuple[Any, str]] = {
 
 DECODE_CONSTRUCTOR_UNSERVED: dict[str, tuple[Any, str]] = {"jit_args": ([1], "a list")}
 DECODE_PLAN_UNSERVED: dict[str, tuple[Any, str]] = {
+    "window_right": (1, "1"),
     "block_tables": (ints(0), "an ndarray"),
     "seq_lens": (ints(0), "an ndarray"),
 }

@@ -383,3 +383,10 @@ def test_a_tensor_of_one_number_is_read_anew(name: str) -> None:
         value.fill_(number)
         wrapper.plan([0, 1], [0, 1], [0], [1], 4, 2, 64, 16, **mode, **{name: value})
         assert getattr(wrapper._plan.spec, name) == number
+
+
+def test_splits_as_flashinfers_callers_ask_for_them() -> None:
+    """-1 fixes no size, and nothing is split where that is asked for too."""
+    assert validate.plan_choices(-1, False, True) == (None, False, True)
+    assert validate.plan_choices(3, True, True) == (None, True, True)
+    assert validate.plan_choices(3, False, True) == (3, False, True)
