@@ -21,6 +21,8 @@ from small_call import (
     run_arguments,
 )
 
+from cupaged import validate
+
 MODES = "expected one of 'NONE', 'ROPE_LLAMA', 'ALIBI'"
 LAYOUTS = "expected one of 'NHD', 'HND'"
 BACKENDS = "expected one of 'auto', 'reference', 'cuda', 'fa2', 'fa3'"
