@@ -95,14 +95,13 @@ def append_paged_kv_cache(
     if isinstance(caches, tuple):
         k, v = caches
         page_size = validate_page.cache(k.shape, key, layout, k_name, stacked=False)
-        if page_size == 1:
-            k, v = _with_token_axis(k, layout), _with_token_axis(v, layout)
-        validate_page.same_pages(k, v)
     else:
         page_size = validate_page.cache(caches.shape, key, layout, k_name, stacked=True)
         k, v = caches[:, 0], caches[:, 1]
-        if page_size == 1:
-            k, v = _with_token_axis(k, layout), _with_token_axis(v, layout)
+    if page_size == 1:
+        k, v = (validate_run.with_token_axis(x, layout) for x in (k, v))
+    if isinstance(caches, tuple):
+        validate_page.same_pages(k, v)
     device = arrays.device_id(k)
     tensors = ((k_name, k), ("v cache", v), ("append_key", key), ("append_value", value))
     validate_page.elements(tensors, device)
@@ -258,13 +257,6 @@ def _import_cache(paged_kv_cache: Any) -> tuple[Any, Any]:
         raise ValueError(f"paged_kv_cache has {len(paged_kv_cache)} arrays, expected two: (k, v)")
     k, v = paged_kv_cache
     return k, (_import_pages(k, "k cache", None), _import_pages(v, "v cache", k))
-
-
-def _with_token_axis(pages: Any, kv_layout: KVLayout) -> Any:
-    """K's or V's pages of one token, with an axis for it, which they may lack."""
-    if pages.ndim != 3:
-        return pages
-    return pages[:, None] if kv_layout == "NHD" else pages[:, :, None]
 
 
 def _import_pages(x: Any, name: str, beside: Any) -> Any:

@@ -232,7 +232,8 @@ def plan_choices(
     """Check arguments that every `plan()` takes."""
     never = flag(disable_split_kv, "disable_split_kv")
     non_blocking = flag(non_blocking, "non_blocking")
-    if fixed_split_size is None or fixed_split_size == -1:  # which FlashInfer's callers may give
+    is_int = isinstance(fixed_split_size, (int, np.integer))  # an array may not be compared
+    if fixed_split_size is None or (is_int and fixed_split_size == -1):  # FlashInfer's None
         return PlanChoices(None, never, non_blocking)
     size = positive_int(fixed_split_size, "fixed_split_size")
     # Nothing is split: neither do the bits then depend on the batch.

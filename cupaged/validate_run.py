@@ -65,10 +65,10 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
     num_pages : int
     """
     head_dim, head_dim_vo = spec.head_dim_qk, spec.head_dim_vo
-    if spec.page_size == 1:
-        paged_kv_cache = _with_token_axis(paged_kv_cache, spec.kv_layout)
     if isinstance(paged_kv_cache, tuple):
         k, v = paged_kv_cache
+        if spec.page_size == 1:
+            k, v = with_token_axis(k, spec.kv_layout), with_token_axis(v, spec.kv_layout)
         shape, v_shape = k.shape, v.shape
         _check_pages(shape, spec, head_dim, "k cache", stacked=False)
         if v_shape != shape or head_dim_vo != head_dim:
@@ -78,6 +78,8 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
                     f"v cache holds {v_shape[0]} pages, expected {shape[0]} as the k cache does"
                 )
     else:
+        if spec.page_size == 1:
+            paged_kv_cache = with_token_axis(paged_kv_cache, spec.kv_layout, stacked=True)
         if head_dim_vo != head_dim:
             raise ValueError(
                 "paged_kv_cache is one array, expected two, (k, v): "
@@ -90,14 +92,13 @@ def cache(paged_kv_cache: Any, spec: AttentionSpec) -> tuple[Any, Any, int]:
     return k, keys_or_values(v, spec, "v cache"), shape[0]
 
 
-def _with_token_axis(paged_kv_cache: Any, kv_layout: str) -> Any:
-    """Pages of one token, as `cache` takes them, with an axis for it."""
+def with_token_axis(pages: Any, kv_layout: str, stacked: bool = False) -> Any:
+    """K's, V's or the stacked pages of one token, with an axis for it, which they may lack."""
+    if pages.ndim != 3 + stacked:
+        return pages
     behind = (slice(None),) * (2 if kv_layout == "NHD" else 1)
     place = (..., None, *behind)
-    if not isinstance(paged_kv_cache, tuple):
-        return paged_kv_cache[place] if paged_kv_cache.ndim == 4 else paged_kv_cache
-    k, v = paged_kv_cache
-    return (k[place] if k.ndim == 3 else k), (v[place] if v.ndim == 3 else v)
+    return pages[place]
 
 
 def keys_or_values(array: Any, spec: AttentionSpec, name: str) -> Any:

@@ -102,6 +102,12 @@ PLAN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "disable_split_kv is an ndarray, expected a bool",
     ),
     ({"fixed_split_size": -2}, ValueError, "fixed_split_size = -2, expected at least 1"),
+    ({"fixed_split_size": -1.0}, TypeError, "fixed_split_size is a float, expected an int"),
+    (
+        {"fixed_split_size": np.ones(2)},
+        TypeError,
+        "fixed_split_size is an ndarray, expected an int",
+    ),
     # Dtypes
     ({"q_data_type": "float64"}, TypeError, f"q_data_type = 'float64', {SERVED}"),
     ({"q_data_type": None}, TypeError, f"q_data_type = None, {SERVED}"),
